@@ -1,0 +1,3 @@
+from burnish.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,159 @@
+"""A model, and the techniques applied to it from outside in an ordered chain.
+
+A technique is one module: a frozen dataclass `Config`, `apply(model, config, context) -> Config` that changes the
+model in place and returns the resolved config (every choice that shaped the model), `rebuild(model, config)` that
+makes the same structure without data, and any of the hooks in `HOOKS`. The registry below is the only other place
+that knows it. Nothing outside asks for a technique by name: the loop and the engine call hooks in chain order.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from burnish.config import UserError, from_mapping, nearest, to_mapping
+from burnish.model.bundle import Context, Link, Model
+from burnish.model.cache import KVCache
+
+TECHNIQUES = {
+    "full": "burnish.tune.full",
+    "transfer": "burnish.tune.transfer",
+    "lora": "burnish.tune.lora",
+    "prompt_tuning": "burnish.tune.prompt_tuning",
+    "p_tuning": "burnish.tune.p_tuning",
+    "prefix_tuning": "burnish.tune.prefix_tuning",
+    "int8": "burnish.compress.int8",
+    "nf4": "burnish.compress.nf4",
+    "magnitude": "burnish.compress.magnitude",
+}
+
+HOOKS = {
+    "encode": "encode(model, config, example) -> example: rewrite an example before padding",
+    "embed": "embed(model, config, embeds, slots) -> embeds: fill pseudo tokens, (B, T, H) and (B, T)",
+    "initial_cache": "initial_cache(model, config, batch) -> Prefix: learnt keys and values before each row",
+    "loss": "loss(model, config, batch) -> (sum, count): replaces the default loss",
+    "parameter_groups": "parameter_groups(model, config, learning_rate, weight_decay) -> optimiser groups",
+    "after_step": "after_step(model, config, step, total): after each optimiser step",
+    "finalize": "finalize(model, config) -> config: drop what only training needs",
+    "merge": "merge(model, config) -> note: fold into the base weights and leave the chain",
+}
+
+
+def technique(name: str) -> ModuleType:
+    """The module of a registered technique. Raises UserError naming the nearest."""
+    if name not in TECHNIQUES:
+        raise UserError(
+            f"technique '{name}' is unknown{nearest(name, TECHNIQUES)}; known: {', '.join(TECHNIQUES)}"
+        )
+    return importlib.import_module(TECHNIQUES[name])
+
+
+TechniqueSpec = str | Mapping[str, Any]
+
+
+def parse_chain(techniques: Sequence[TechniqueSpec] | TechniqueSpec) -> list[tuple[str, Any]]:
+    """["nf4", {"lora": {"r": 8}}] -> [(name, Config)]. Raises UserError on unknown names or keys, or a repeat."""
+    if isinstance(techniques, (str, Mapping)):
+        techniques = [techniques]
+    parsed: list[tuple[str, Any]] = []
+    for item in techniques:
+        entries = {item: {}} if isinstance(item, str) else dict(item)
+        for name, options in entries.items():
+            parsed.append((name, from_mapping(technique(name).Config, options or {}, f"technique '{name}'")))
+    names = [name for name, _ in parsed]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"techniques: '{name}' stands twice in {names}; a chain applies each once")
+    return parsed
+
+
+def apply(
+    model: Model, techniques: Sequence[TechniqueSpec] | TechniqueSpec, context: Context | None = None
+) -> Model:
+    """Freeze the model (on the first call), then apply the techniques in order. Changes and returns `model`."""
+    if not model.chain:
+        model.net.requires_grad_(False)
+    for name, config in parse_chain(techniques):
+        if any(link.name == name for link in model.chain):
+            raise UserError(f"techniques: '{name}' is already applied to this model")
+        resolved = technique(name).apply(model, config, context or Context())
+        model.chain.append(Link(name, resolved))
+    return model
+
+
+def rebuild(model: Model, chain: Sequence[Mapping[str, Any]]) -> Model:
+    """Repeat the structure of a stored chain ([{"name", "config"}]) without data; weights are loaded afterwards."""
+    model.net.requires_grad_(False)
+    for entry in chain:
+        config = from_mapping(
+            technique(entry["name"]).Config, entry["config"], f"technique '{entry['name']}'"
+        )
+        technique(entry["name"]).rebuild(model, config)
+        model.chain.append(Link(entry["name"], config))
+    return model
+
+
+def describe(model: Model) -> list[dict[str, Any]]:
+    """The chain as plain data, the inverse of `rebuild`'s argument."""
+    return [{"name": link.name, "config": to_mapping(link.config)} for link in model.chain]
+
+
+def hooks(model: Model, name: str) -> list[Callable[..., Any]]:
+    """The hooks called `name` of the applied techniques, in chain order, bound to the model and their config."""
+    found = [(getattr(technique(link.name), name, None), link) for link in model.chain]
+    return [partial(hook, model, link.config) for hook, link in found if hook is not None]
+
+
+def finalize(model: Model) -> Model:
+    """Drop what only training needed (prompt encoders, reparametrisations)."""
+    for link in model.chain:
+        hook = getattr(technique(link.name), "finalize", None)
+        if hook is not None:
+            link.config = hook(model, link.config)
+    return model
+
+
+def merge(model: Model) -> list[str]:
+    """Fold every technique that can be folded into the base weights; returns one note per merged technique."""
+    notes = []
+    for link in list(model.chain):
+        hook = getattr(technique(link.name), "merge", None)
+        if hook is not None:
+            notes.append(hook(model, link.config))
+            model.chain.remove(link)
+    return notes
+
+
+def forward(model: Model, batch: Mapping[str, Tensor], cache: KVCache | None = None) -> Tensor:
+    """Hidden states (B, T, H) of a collated batch, with the chain's `embed` and `initial_cache` hooks.
+
+    With an empty cache the prefix is loaded into it; with a filled one the batch continues it.
+    """
+    net = model.net
+    embeds = net.embed(batch["input_ids"])
+    if "slots" in batch:
+        for embed in hooks(model, "embed"):
+            embeds = embed(embeds, batch["slots"])
+    prefix = None
+    if cache is None or cache.length == 0:
+        for initial_cache in hooks(model, "initial_cache"):
+            prefix = initial_cache(batch)
+    if cache is not None and prefix is not None:
+        cache.load(prefix)
+        prefix = None
+    segments = batch.get("segment_ids")
+    packed = segments is not None and bool((segments > 1).any())
+    return net(
+        inputs_embeds=embeds,
+        attention_mask=batch.get("attention_mask"),
+        position_ids=batch.get("position_ids") if cache is None else None,
+        segment_ids=segments if packed else None,
+        token_type_ids=batch.get("token_type_ids"),
+        cache=cache,
+        prefix=prefix,
+    )

@@ -1,0 +1,81 @@
+"""int8 weights: one absolute maximum per output row, weights only.
+
+    q = round(127 w / max|w_row|),    w ~ q max|w_row| / 127
+
+Source: vector-wise quantisation of LLM.int8 (arXiv 2208.07339), section 2.1, without its activation outliers.
+Values equal bitsandbytes' row-wise quantisation. In bf16 on a CPU the product runs on torch's packed int8 kernel;
+elsewhere the matrix is expanded for the product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from burnish.model.bundle import Context, Model
+from burnish.model.linear import Weight
+from burnish.model.surgery import linears, select
+
+CHANGES_BASE = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """`target_modules` as for LoRA; the head and the embeddings stay."""
+
+    target_modules: list[str] | str = "all-linear"
+
+
+class Int8(Weight):
+    """`values` (out, in) int8 and `scale` (out,) float32, the row's absolute maximum over 127."""
+
+    def __init__(self, values: Tensor, scale: Tensor):
+        super().__init__()
+        self.values = nn.Parameter(values, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.shape = (values.shape[0], values.shape[1])
+
+    @classmethod
+    def quantize(cls, dense: Tensor) -> Int8:
+        """dense (out, in), any floating dtype."""
+        wide = dense.detach().float()
+        absmax = wide.abs().amax(dim=1)
+        values = torch.round(wide * (127.0 / absmax.clamp(min=1e-30))[:, None]).to(torch.int8)
+        return cls(values, absmax / 127.0)
+
+    @classmethod
+    def empty(cls, rows: int, columns: int) -> Int8:
+        """Storage to load into."""
+        return cls(torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows))
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        packed = x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) <= 32
+        if not packed or (torch.is_grad_enabled() and x.requires_grad):
+            return super().matmul(x, bias)
+        out = torch._weight_int8pack_mm(x.contiguous(), self.values, self.scale.to(x.dtype))
+        return out if bias is None else out + bias.to(x.dtype)
+
+    def dequantize(self) -> Tensor:
+        return self.values * self.scale[:, None]
+
+    def shard(self, dim: int, rank: int, world: int) -> Int8:
+        scale = self.scale.chunk(world)[rank].clone() if dim == 0 else self.scale.clone()
+        return Int8(self.values.chunk(world, dim)[rank].clone(), scale)
+
+
+def apply(model: Model, config: Config, context: Context) -> Config:
+    """Quantise the targets in place, one at a time."""
+    paths = []
+    for path, linear in select(model.net, config.target_modules):
+        linear.weight = Int8.quantize(linear.weight.dequantize())
+        paths.append(path)
+    return Config(paths)
+
+
+def rebuild(model: Model, config: Config) -> None:
+    wanted = set(config.target_modules)
+    for path, linear in linears(model.net):
+        if path.removesuffix(".base") in wanted:
+            linear.weight = Int8.empty(linear.out_features, linear.in_features)

@@ -1,0 +1,153 @@
+"""NF4: four-bit weights whose sixteen levels are quantiles of a normal distribution.
+
+    w ~ level[q] * absmax(block of 64),   absmax ~ offset + map8[c] * absmax2(block of 256)
+
+Source: QLoRA (arXiv 2305.14314), section 3: 4-bit NormalFloat and double quantisation, which takes the constants
+from 0.5 to 0.127 bits per parameter. `map8` is the signed dynamic 8-bit code of "8-bit Approximations for Parallelism"
+(arXiv 1511.04561) as bitsandbytes builds it. Values equal bitsandbytes'. Two weights share a byte, the first in the
+high nibble.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from burnish.model.bundle import Context, Model
+from burnish.model.linear import Weight
+from burnish.model.surgery import linears, select
+
+BLOCK, CONSTANT_BLOCK = 64, 256
+LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+CHANGES_BASE = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """`target_modules` as for LoRA; `double_quant` quantises the blocks' constants too."""
+
+    target_modules: list[str] | str = "all-linear"
+    double_quant: bool = True
+
+
+@cache
+def dynamic_map() -> Tensor:
+    """(256,) the signed dynamic 8-bit code, ascending: 7 decades of exponent, the rest of the bits linear."""
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        for mean in ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)).tolist():
+            values += [mean, -mean]
+    return torch.tensor(sorted(values))
+
+
+def nearest_code(x: Tensor, code: Tensor) -> Tensor:
+    """Index of the nearest level of an ascending code for every element of x."""
+    return torch.bucketize(x, (code[1:] + code[:-1]) / 2)
+
+
+def blocks(x: Tensor, size: int) -> Tensor:
+    """x flattened and zero-padded to (n, size)."""
+    flat = x.reshape(-1)
+    return torch.nn.functional.pad(flat, (0, -len(flat) % size)).view(-1, size)
+
+
+class NF4(Weight):
+    """`packed` (ceil(out * in / 2),) uint8 and the blocks' constants: `absmax` float32, or with double quantisation
+    `absmax` uint8 codes, `absmax2` float32 per 256 of them, and `offset` their mean."""
+
+    def __init__(self, shape: tuple[int, int], tensors: dict[str, Tensor]):
+        super().__init__()
+        self.shape = shape
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    @classmethod
+    def quantize(cls, dense: Tensor, double_quant: bool = True) -> NF4:
+        """dense (out, in), any floating dtype."""
+        rows = blocks(dense.detach().float(), BLOCK)
+        absmax = rows.abs().amax(dim=1)
+        codes = nearest_code(
+            rows / absmax.clamp(min=1e-30)[:, None], torch.tensor(LEVELS, device=dense.device)
+        )
+        codes = blocks(codes.to(torch.uint8).view(-1)[: dense.numel()], 2)
+        tensors = {"packed": codes[:, 0] << 4 | codes[:, 1], "absmax": absmax}
+        if double_quant:
+            offset = absmax.mean()
+            groups = blocks(absmax - offset, CONSTANT_BLOCK)
+            absmax2 = groups.abs().amax(dim=1)
+            code = nearest_code(groups / absmax2.clamp(min=1e-30)[:, None], dynamic_map().to(dense.device))
+            tensors |= {
+                "absmax": code.to(torch.uint8).view(-1)[: len(absmax)],
+                "absmax2": absmax2,
+                "offset": offset,
+            }
+        return cls((dense.shape[0], dense.shape[1]), tensors)
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, double_quant: bool) -> NF4:
+        """Storage to load into."""
+        count = rows * columns
+        constants = -(-count // BLOCK)
+        tensors = {"packed": torch.empty(-(-count // 2), dtype=torch.uint8), "absmax": torch.empty(constants)}
+        if double_quant:
+            tensors["absmax"] = torch.empty(constants, dtype=torch.uint8)
+            tensors |= {"absmax2": torch.empty(-(-constants // CONSTANT_BLOCK)), "offset": torch.empty(())}
+        return cls((rows, columns), tensors)
+
+    def constants(self) -> Tensor:
+        """(blocks,) float32 absolute maxima."""
+        if self.absmax.dtype != torch.uint8:
+            return self.absmax
+        groups = blocks(self.absmax, CONSTANT_BLOCK).long()
+        wide = dynamic_map().to(self.absmax.device)[groups] * self.absmax2[:, None]
+        return wide.view(-1)[: len(self.absmax)] + self.offset
+
+    def dequantize(self) -> Tensor:
+        levels = torch.tensor(LEVELS, device=self.packed.device)
+        pairs = torch.stack((levels[(self.packed >> 4).int()], levels[(self.packed & 15).int()]), dim=1)
+        count = self.shape[0] * self.shape[1]
+        wide = blocks(pairs.view(-1)[:count], BLOCK) * self.constants()[:, None]
+        return wide.view(-1)[:count].view(self.shape)
+
+    def shard(self, dim: int, rank: int, world: int) -> NF4:
+        part = self.dequantize().chunk(world, dim)[rank]
+        return NF4.quantize(part, double_quant=self.absmax.dtype == torch.uint8)
+
+
+def apply(model: Model, config: Config, context: Context) -> Config:
+    """Quantise the targets in place, one at a time."""
+    paths = []
+    for path, linear in select(model.net, config.target_modules):
+        linear.weight = NF4.quantize(linear.weight.dequantize(), config.double_quant)
+        paths.append(path)
+    return replace(config, target_modules=paths)
+
+
+def rebuild(model: Model, config: Config) -> None:
+    wanted = set(config.target_modules)
+    for path, linear in linears(model.net):
+        if path.removesuffix(".base") in wanted:
+            linear.weight = NF4.empty(linear.out_features, linear.in_features, config.double_quant)

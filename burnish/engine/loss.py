@@ -1,0 +1,75 @@
+"""The plain loss of a model on a batch, and its mean over held-out examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from burnish import chain
+from burnish.chain import Model
+from burnish.engine.order import pad_id
+from burnish.kernels.cross_entropy import linear_cross_entropy
+from burnish.model.example import IGNORE, Example
+from burnish.model.linear import Linear
+from burnish.model.transformer import Transformer
+from burnish.store.batch import collate
+
+ROWS_PER_CHUNK = 256  # for a head that is more than one Linear
+
+
+def loss_sum(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """(cross-entropy summed over the targets of a collated batch, their number).
+
+    A decoder predicts the next token, a masked language model the token in place; a batch with `label` (B,)
+    is classified.
+    """
+    net = model.net
+    hidden = chain.forward(model, batch)  # (B, T, H)
+    if "label" in batch:
+        logits = net.logits(net.pool(hidden, batch["attention_mask"]))  # (B, num_labels)
+        classes = batch["label"]
+        return F.cross_entropy(logits.float(), classes, reduction="sum"), int((classes != IGNORE).sum())
+    labels = batch["labels"]
+    if net.spec.causal:
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    kept = labels != IGNORE
+    return _head_loss(net, hidden[kept], labels[kept])
+
+
+def _head_loss(net: Transformer, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    head = net.lm_head
+    if type(head) is Linear:
+        if net.head_transform is not None:
+            hidden = net.head_transform(hidden)
+        return linear_cross_entropy(hidden, head.weight.dequantize(), head.bias, labels)
+
+    def part(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(net.logits(x).float(), y, reduction="sum")
+
+    parts = zip(hidden.split(ROWS_PER_CHUNK), labels.split(ROWS_PER_CHUNK), strict=True)
+    return sum((checkpoint(part, x, y, use_reentrant=False) for x, y in parts), hidden.new_zeros(())), len(
+        labels
+    )
+
+
+@torch.no_grad()
+def evaluate(model: Model, examples: Sequence[Example], batch_size: int = 8) -> float:
+    """Mean plain loss per target over encoded examples, in evaluation mode; nan where there is no target."""
+    net = model.net
+    training = net.training
+    net.eval()
+    try:
+        loss, count = torch.zeros((), dtype=torch.float64, device=model.device), 0
+        by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
+        for start in range(0, len(by_length), batch_size):
+            chosen = [examples[index] for index in by_length[start : start + batch_size]]
+            batch = collate(chosen, pad_id(model), multiple_of=8)
+            part, targets = loss_sum(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+            loss, count = loss + part, count + targets
+        return loss.item() / count if count else float("nan")
+    finally:
+        net.train(training)

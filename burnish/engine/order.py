@@ -1,0 +1,55 @@
+"""From examples to the batches of every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from burnish import chain
+from burnish.chain import Model
+from burnish.engine.settings import TrainConfig
+from burnish.model.example import Example
+from burnish.store.batch import collate, collate_packed, pack
+
+
+def encode(model: Model, examples: Sequence[Example]) -> Sequence[Example]:
+    """The examples through the `encode` hooks of the model's techniques, in chain order."""
+    encoders = chain.hooks(model, "encode")
+    for encoder in encoders:
+        examples = [encoder(example) for example in examples]
+    return examples
+
+
+def pad_id(model: Model) -> int:
+    """The id that fills short rows; any will do where the tokenizer has none, for padding is masked."""
+    return getattr(model.tokenizer, "pad_token_id", None) or 0
+
+
+class Order:
+    """Which examples make which step: a function of (seed, epoch) alone."""
+
+    def __init__(self, model: Model, examples: Sequence[Example], config: TrainConfig):
+        self.examples = examples
+        self.config = config
+        self.pad_id = pad_id(model)
+
+    def epoch(self, number: int) -> list[list[list[Any]]]:
+        """Steps of micro-batches of rows; a row is an index, or the examples packed into it."""
+        config = self.config
+        generator = torch.Generator().manual_seed((config.seed << 20) + number)
+        rows: list[Any] = torch.randperm(len(self.examples), generator=generator).tolist()
+        if config.packing:
+            rows = pack([self.examples[index] for index in rows], config.max_length)
+        return _split(_split(rows, config.per_device_train_batch_size), config.gradient_accumulation_steps)
+
+    def batch(self, rows: list[Any]) -> dict[str, Tensor]:
+        if self.config.packing:
+            return collate_packed(rows, self.pad_id, self.config.max_length)
+        return collate([self.examples[index] for index in rows], self.pad_id, multiple_of=8)
+
+
+def _split(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,0 +1,100 @@
+"""The settings of a training run, and what is wrong with them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from burnish.chain import Model
+from burnish.config import UserError
+from burnish.engine.optim import Schedule
+from burnish.model.example import IGNORE, Example
+
+log = logging.getLogger(__name__)
+
+
+def _field(default: Any, text: str, output_only: bool = False) -> Any:
+    return field(default=default, metadata={"help": text, "output_only": output_only})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one run, under Hugging Face's names. `output_only` ones may change when a run is resumed."""
+
+    output_dir: Path | None = _field(None, "folder for checkpoints; none writes nothing", True)
+    overwrite: bool = _field(False, "delete the checkpoints in output_dir and start anew", True)
+    learning_rate: float = _field(5e-5, "peak learning rate")
+    per_device_train_batch_size: int = _field(8, "rows per micro-batch")
+    gradient_accumulation_steps: int = _field(1, "micro-batches per step")
+    num_train_epochs: float = _field(3.0, "passes over the data")
+    max_steps: int = _field(-1, "steps; if positive, replaces num_train_epochs")
+    warmup_steps: int = _field(0, "steps of rising learning rate")
+    warmup_ratio: float = _field(0.0, "the same as a share of all steps, if warmup_steps is 0")
+    lr_scheduler_type: Schedule = _field("linear", "course of the learning rate after the warmup")
+    weight_decay: float = _field(0.0, "decoupled weight decay of matrices")
+    adam_beta1: float = _field(0.9, "decay of AdamW's first moment")
+    adam_beta2: float = _field(0.999, "decay of AdamW's second moment")
+    adam_epsilon: float = _field(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = _field(1.0, "gradients are clipped to this global norm; 0: not clipped")
+    max_length: int = _field(1024, "tokens per row when packing")
+    packing: bool = _field(False, "put several examples in one row; they do not see each other")
+    bf16: bool = _field(False, "compute in bfloat16 over the parameters as they are stored")
+    gradient_checkpointing: bool = _field(
+        False, "recompute activations in the backward pass: less memory, slower"
+    )
+    compile: bool = _field(False, "compile the layers with torch.compile")
+    eval_steps: int = _field(0, "steps between evaluations; 0: only at the end")
+    early_stopping_patience: int = _field(0, "stop after so many evaluations without improvement; 0: never")
+    load_best_model_at_end: bool = _field(False, "end with the parameters of the best evaluation")
+    save_steps: int = _field(500, "steps between checkpoints; 0: only at the end", True)
+    save_total_limit: int | None = _field(None, "checkpoints kept; none keeps all", True)
+    logging_steps: int = _field(10, "steps between logged losses", True)
+    report_to: Literal["none", "tensorboard"] = _field("none", "where losses go besides the result", True)
+    seed: int = _field(42, "seed of the data order and of dropout")
+
+
+def check(
+    model: Model, examples: Sequence[Example], config: TrainConfig, eval_examples: Sequence[Example] | None
+) -> None:
+    trainable = model.trainable()
+    if not trainable:
+        raise UserError(
+            "techniques: no parameter trains; put one that trains in the chain, such as lora or full"
+        )
+    if not examples:
+        raise UserError("training data: there is no example")
+    empty = sum(not _has_target(example) for example in examples)
+    if empty == len(examples):
+        raise UserError(
+            "training data: every label of every example is masked (-100), so nothing can be learnt"
+        )
+    if empty:
+        log.warning(
+            "%d of %d training examples have no target: all their labels are masked (-100)",
+            empty,
+            len(examples),
+        )
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name}: must be at least 1, is {getattr(config, name)}")
+    if config.max_steps <= 0 and config.num_train_epochs <= 0:
+        raise UserError("num_train_epochs: must be above 0, or set max_steps")
+    if not eval_examples and (config.early_stopping_patience or config.load_best_model_at_end):
+        raise UserError(
+            "early_stopping_patience, load_best_model_at_end: there is no evaluation data to judge by"
+        )
+    if config.report_to != "none" and config.output_dir is None:
+        raise UserError("report_to: tensorboard writes below output_dir; set output_dir")
+    narrow = {str(p.dtype).removeprefix("torch.") for p in trainable.values()} & {"bfloat16", "float16"}
+    if narrow:
+        log.warning(
+            "parameters are trained in %s, where small updates round away; load them in float32 and set bf16: true",
+            narrow.pop(),
+        )
+
+
+def _has_target(example: Example) -> bool:
+    return example.label is not None or any(label != IGNORE for label in example.labels[1:])

@@ -1,0 +1,305 @@
+"""The training loop.
+
+It knows no technique: what a technique adds comes through the hooks of `burnish.chain`. One step takes
+`gradient_accumulation_steps` micro-batches, sums their losses and gradients over every target, and divides by
+the number of targets of the whole group, so that a step is the same however it is split. The order of the
+data is a function of (seed, epoch), the learning rate of the step: with the tensors and the random state, a
+checkpoint needs only counters to go on exactly.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from burnish import chain, device
+from burnish.chain import Model
+from burnish.config import UserError, to_mapping
+from burnish.engine import checkpointing
+from burnish.engine.checkpointing import Progressed
+from burnish.engine.loss import evaluate, loss_sum
+from burnish.engine.optim import adamw, gradient_norm, lr_factor, parameter_groups, scale_gradients
+from burnish.engine.order import Order, encode
+from burnish.engine.progress import Board, Progress
+from burnish.engine.settings import TrainConfig, check
+from burnish.model.example import Example
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run did. Losses are means per target, each with its step: of a logging window, or of an
+    evaluation.
+
+    `tokens` counts real ones, padding and repeats of a token in later epochs aside and included;
+    `peak_memory` is in bytes.
+    """
+
+    steps: int
+    losses: list[tuple[int, float]]
+    eval_losses: list[tuple[int, float]]
+    seconds: float
+    tokens: int
+    peak_memory: int
+
+
+def train(
+    model: Model,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    eval_examples: Sequence[Example] | None = None,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Train the model's trainable parameters in place.
+
+    A run with an `output_dir` writes checkpoints and goes on from the newest one there; SIGINT and SIGTERM
+    end it with a checkpoint and KeyboardInterrupt. Raises UserError for settings or data that cannot train,
+    for an `output_dir` that holds another run, and when the loss is no longer finite.
+    """
+    check(model, examples, config, eval_examples)
+    device.seed_everything(config.seed)
+    device.reset_peak_memory(model.device)
+    run = _Run(model, examples, config, eval_examples, progress)
+    with (
+        _training_mode(model, config),
+        checkpointing.interrupts(config.output_dir is not None) as interrupted,
+    ):
+        run.loop(interrupted)
+    done = run.done
+    return TrainResult(
+        done.step, done.losses, done.eval_losses, done.seconds, done.tokens, device.peak_memory(model.device)
+    )
+
+
+class _Run:
+    """The state of one call of `train`."""
+
+    def __init__(
+        self,
+        model: Model,
+        examples: Sequence[Example],
+        config: TrainConfig,
+        eval_examples: Sequence[Example] | None,
+        progress: Progress | None,
+    ):
+        self.model = model
+        self.config = config
+        self.progress = progress
+        self.order = Order(model, encode(model, examples), config)
+        self.eval_examples = encode(model, eval_examples or [])
+        self.parameters = model.trainable()
+        steps_per_epoch = len(self.order.epoch(0))
+        self.total = (
+            config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
+        )
+        self.warmup = config.warmup_steps or math.ceil(config.warmup_ratio * self.total)
+        losses = chain.hooks(model, "loss")
+        if len(losses) > 1:
+            raise UserError("techniques: two of the chain replace the training loss; keep one of them")
+        self.loss = losses[0] if losses else lambda batch: loss_sum(model, batch)
+        own = [
+            group
+            for hook in chain.hooks(model, "parameter_groups")
+            for group in hook(config.learning_rate, config.weight_decay)
+        ]
+        groups = parameter_groups(self.parameters.values(), config.learning_rate, config.weight_decay, own)
+        self.optimizer = adamw(groups, config.adam_beta1, config.adam_beta2, config.adam_epsilon)
+        self.after_step = chain.hooks(model, "after_step")
+        self.keeps_best = config.load_best_model_at_end or config.early_stopping_patience > 0
+        self.best: dict[str, Tensor] = {}
+        self.done = Progressed()
+        self.fingerprint: dict[str, Any] = {}
+        if config.output_dir is not None:
+            self.fingerprint = self._fingerprint(examples, eval_examples)
+            self._resume(config.output_dir)
+
+    @property
+    def finished(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return self.done.step >= self.total or 0 < patience <= self.done.evaluations_since_best
+
+    def loop(self, interrupted: Callable[[], bool]) -> None:
+        """Steps until the end; keeps the last or the best parameters."""
+        config, done = self.config, self.done
+        board = None
+        if config.report_to == "tensorboard" and config.output_dir is not None:
+            board = Board(config.output_dir / "runs", done.step)
+        began, seconds_before, tokens_before, steps_before = (
+            time.perf_counter(),
+            done.seconds,
+            done.tokens,
+            done.step,
+        )
+        while not self.finished:
+            for group in self.order.epoch(done.epoch)[done.position :]:
+                loss, lr = self._step(group)
+                done.seconds = seconds_before + time.perf_counter() - began
+                spent = done.seconds - seconds_before
+                if self.progress:
+                    eta = spent / (done.step - steps_before) * (self.total - done.step)
+                    self.progress(done.step, self.total, loss, lr, (done.tokens - tokens_before) / spent, eta)
+                self._log(board, lr)
+                self._evaluate(board)
+                stop = interrupted()
+                if stop or self.finished or (config.save_steps and done.step % config.save_steps == 0):
+                    saved = self._save()
+                    if stop and not self.finished:
+                        self._say_how_to_resume(saved)
+                        raise KeyboardInterrupt
+                if self.finished:
+                    break
+            else:
+                done.epoch, done.position = done.epoch + 1, 0
+        if board:
+            board.close()
+        if self.keeps_best and self.best:
+            checkpointing.copy_into(self.parameters, self.best)
+
+    def _step(self, group: list[list[Any]]) -> tuple[float, float]:
+        """One optimiser step; returns (mean loss per target, learning rate)."""
+        config, done = self.config, self.done
+        factor = lr_factor(config.lr_scheduler_type, done.step, self.total, self.warmup)
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = settings["initial_lr"] * factor
+        loss, targets = torch.zeros((), dtype=torch.float64, device=self.model.device), 0
+        for rows in group:
+            batch = self.order.batch(rows)
+            done.tokens += int(batch["attention_mask"].sum())
+            part, count = self.loss({name: tensor.to(self.model.device) for name, tensor in batch.items()})
+            part.backward()
+            loss, targets = loss + part.detach(), targets + count
+        parameters = self.parameters.values()
+        total, norm = torch.stack([loss, gradient_norm(parameters).to(loss)]).tolist()
+        done.step, done.position = done.step + 1, done.position + 1
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            what = f"loss became {total}" if not math.isfinite(total) else f"gradient became {norm}"
+            raise UserError(
+                f"{what} at step {done.step}: lower learning_rate ({config.learning_rate}), or raise warmup_steps; "
+                "earlier checkpoints are kept"
+            )
+        if targets:
+            clip = config.max_grad_norm / (norm / targets + 1e-6) if config.max_grad_norm else 1.0
+            scale_gradients(parameters, min(1.0, clip) / targets)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        for hook in self.after_step:
+            hook(done.step, self.total)
+        done.window_loss += total
+        done.window_targets += targets
+        return total / max(1, targets), config.learning_rate * factor
+
+    def _log(self, board: Board | None, lr: float) -> None:
+        done = self.done
+        due = done.step % self.config.logging_steps == 0 or done.step == self.total
+        if due and done.window_targets:
+            mean = done.window_loss / done.window_targets
+            done.losses.append((done.step, mean))
+            done.window_loss, done.window_targets = 0.0, 0
+            if board:
+                board(done.step, loss=mean, learning_rate=lr)
+
+    def _evaluate(self, board: Board | None) -> None:
+        config, done = self.config, self.done
+        due = done.step == self.total or (config.eval_steps and done.step % config.eval_steps == 0)
+        if not self.eval_examples or not due:
+            return
+        loss = evaluate(self.model, self.eval_examples, config.per_device_train_batch_size)
+        done.eval_losses.append((done.step, loss))
+        if board:
+            board(done.step, eval_loss=loss)
+        if self.keeps_best and done.evaluations_since_best == 0:
+            self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+
+    def _fingerprint(
+        self, examples: Sequence[Example], eval_examples: Sequence[Example] | None
+    ) -> dict[str, Any]:
+        free = {f.name for f in fields(TrainConfig) if f.metadata["output_only"]}
+        return {
+            "model": {"identity": self.model.identity, **to_mapping(self.model.spec)},
+            "techniques": {link["name"]: link["config"] for link in chain.describe(self.model)},
+            "data": checkpointing.data_digest(examples),
+            "eval_data": checkpointing.data_digest(eval_examples or []),
+            "config": {name: value for name, value in to_mapping(self.config).items() if name not in free},
+        }
+
+    def _resume(self, folder: Path) -> None:
+        found = checkpointing.start(folder, self.fingerprint, self.config.overwrite)
+        if found is None:
+            return
+        path, state = found
+        self.done = checkpointing.progressed_of(state)
+        checkpointing.copy_into(
+            checkpointing.changing_tensors(self.model.net), checkpointing.read(path, "trainable.safetensors")
+        )
+        moments = checkpointing.read(path, "optimizer.safetensors")
+        checkpointing.restore_optimizer(self.optimizer, self.parameters, moments)
+        if "best.safetensors" in state["files"]:
+            self.best = checkpointing.read(path, "best.safetensors")
+        checkpointing.set_random_state(state["random"], self.model.device)
+        log.warning("going on from %s: step %d of %d", path, self.done.step, self.total)
+
+    def _save(self) -> Path | None:
+        """Write a checkpoint; one that cannot be written costs a warning, not the run. Returns its path."""
+        if self.config.output_dir is None:
+            return None
+        files = {
+            "trainable.safetensors": checkpointing.changing_tensors(self.model.net),
+            "optimizer.safetensors": checkpointing.optimizer_tensors(self.optimizer, self.parameters),
+        }
+        if self.best:
+            files["best.safetensors"] = self.best
+        state = checkpointing.state_of(self.done, self.fingerprint, self.model.device)
+        try:
+            return checkpointing.save(self.config.output_dir, state, files, self.config.save_total_limit)
+        except (OSError, SafetensorError) as error:
+            log.warning(
+                "checkpoint of step %d not written to %s (%s); earlier ones are kept",
+                self.done.step, self.config.output_dir, error,
+            )  # fmt: skip
+            return None
+
+    def _say_how_to_resume(self, saved: Path | None) -> None:
+        if saved:
+            log.warning(
+                "stopped at step %d of %d: the same command goes on from %s",
+                self.done.step,
+                self.total,
+                saved,
+            )
+
+
+@contextmanager
+def _training_mode(model: Model, config: TrainConfig) -> Iterator[None]:
+    net = model.net
+    before = net.training, net.compute_dtype, net.gradient_checkpointing
+    net.train()
+    if config.bf16:
+        net.compute_dtype = torch.bfloat16
+    net.gradient_checkpointing = config.gradient_checkpointing
+    slower = device.compiler_line() if config.compile else None
+    if slower:
+        log.warning(slower)
+    compiles = config.compile and not slower
+    if compiles:
+        for layer in net.layers:
+            layer.compile()
+    try:
+        yield
+    finally:
+        net.zero_grad()
+        net.train(before[0])
+        net.compute_dtype, net.gradient_checkpointing = before[1:]
+        if compiles:
+            for layer in net.layers:
+                layer._compiled_call_impl = None

@@ -1,0 +1,106 @@
+"""Cross-entropy of a linear head, without the logits.
+
+For hidden states x (N, H), head W (V, H) and targets y, the loss of a row is `logsumexp(xW') - xW'[y]`, and
+its gradient with respect to the logits is `softmax(xW') - onehot(y)`. Both need one chunk of rows at a time,
+so the forward pass walks over chunks whose float32 logits fit `chunk_bytes`, and turns each chunk's logits
+into its gradient in place while they are there. Memory is one chunk plus the gradients themselves, instead of
+N x V floats several times over; nothing is recomputed in the backward pass. Rows without a target cost
+nothing: they are dropped first.
+
+Source of the idea: Liger Kernel's FusedLinearCrossEntropy (arXiv:2410.10989, section 3.2). Cut Cross-Entropy
+(arXiv:2411.09009) saves the chunk as well, by a GPU kernel that recomputes the logits in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from burnish.model.example import IGNORE
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows_per_chunk: int
+    ) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        head = weight.to(hidden.dtype)
+        shift = None if bias is None else bias.to(hidden.dtype)
+        loss = hidden.new_zeros((), dtype=wide)
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if need_bias else None
+
+        for start in range(0, hidden.shape[0], rows_per_chunk):
+            x = hidden[start : start + rows_per_chunk]  # (n, H)
+            target = labels[start : start + rows_per_chunk, None]  # (n, 1)
+            logits = F.linear(x, head, shift).to(wide)  # (n, V)
+            logits -= logits.amax(1, keepdim=True)
+            at_target = logits.gather(1, target)
+            total = logits.exp_().sum(1, keepdim=True)
+            loss += (total.log() - at_target).sum()
+            if not any(ctx.needs_input_grad):
+                continue
+            logits /= total
+            logits.scatter_add_(1, target, torch.full_like(at_target, -1.0))
+            slope = logits.to(hidden.dtype)  # (n, V): the gradient with respect to the logits
+            if grad_hidden is not None:
+                torch.mm(slope, head, out=grad_hidden[start : start + rows_per_chunk])
+            if grad_weight is not None:
+                if wide == hidden.dtype:
+                    grad_weight.addmm_(slope.T, x)
+                else:
+                    grad_weight += slope.T @ x
+            if grad_bias is not None:
+                grad_bias += logits.sum(0)
+
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        if grad_bias is not None and bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: autograd refuses a second backward pass over tensors changed so, instead of scaling twice.
+        return *(None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors), None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_bytes: int = 16 << 20
+) -> tuple[Tensor, int]:
+    """Summed cross-entropy of the head's predictions.
+
+    hidden (N, H); weight (V, H) and bias (V) or None, cast to hidden's dtype for the products; labels (N,)
+    int64, -100 where a row has no target. Returns the loss summed over targets (float32 scalar, float64 for
+    float64 hidden states) and their number. No tensor of logits exceeds `chunk_bytes` (or one row). The
+    gradients come from the forward pass, for the inputs that require one; backward may run once.
+    """
+    kept = (labels != IGNORE).nonzero().squeeze(1)
+    count = kept.shape[0]
+    if count < labels.shape[0]:
+        hidden, labels = hidden[kept], labels[kept]
+    itemsize = max(4, hidden.element_size())
+    rows_per_chunk = max(1, chunk_bytes // (weight.shape[0] * itemsize))
+    return _LinearCrossEntropy.apply(hidden.contiguous(), weight, bias, labels, rows_per_chunk), count
+
+
+def reference_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+) -> tuple[Tensor, int]:
+    """The same from plain torch operations and all logits at once: the oracle of the tests."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)).to(
+        wide
+    )
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"), int(
+        (labels != IGNORE).sum()
+    )

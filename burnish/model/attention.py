@@ -1,0 +1,142 @@
+"""Self-attention: which key each query sees, and the product over them.
+
+Visibility is a function of (query, key): `visibility` builds it once per forward as one mask for all layers, so that
+padding, packed documents, a cache and a prefix are handled in one place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from burnish.model.cache import KVCache, Prefix
+from burnish.model.linear import Linear
+from burnish.model.positions import alibi_slopes, rotate
+from burnish.model.spec import Spec
+
+
+@dataclass
+class Frame:
+    """What the layers share in one forward over (batch, length) tokens.
+
+    `mask` is None, a bool (B, 1, T, S), or an additive bias (B, heads, T, S); `causal` asks for the plain causal
+    triangle and then `mask` is None.
+    """
+
+    batch: int
+    length: int
+    mask: Tensor | None
+    causal: bool
+    rotary: tuple[Tensor, Tensor] | None
+    cache: KVCache | None
+    prefix: Prefix | None
+
+
+def visibility(
+    spec: Spec,
+    positions: Tensor,
+    valid: Tensor | None,
+    segments: Tensor | None,
+    cache: KVCache | None,
+    prefix: Prefix | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, bool]:
+    """(mask, causal) of a `Frame` for queries at `positions` (B, T).
+
+    valid: (B, T) real tokens, None for all. segments: (B, T) document numbers, tokens of different documents do not
+    see each other. A query that would see nothing (padding) sees itself, so that no row of the softmax is empty.
+    """
+    batch, length = positions.shape
+    device = positions.device
+    alibi = spec.positions == "alibi"
+    fresh = cache is None or cache.length == length
+    if valid is None and segments is None and prefix is None and not alibi:
+        if fresh:
+            return None, spec.causal and length > 1
+        if length == 1 and not cache.holes:  # type: ignore[union-attr]
+            return None, False
+
+    steps = torch.arange(length, device=device)
+    if cache is not None:
+        slots = torch.arange(cache.length, device=device)
+        steps = steps + cache.length - length
+        seen = cache.valid[:, None, : cache.length].expand(batch, length, -1)
+        key_positions = cache.positions[:, : cache.length]
+    else:
+        slots = steps
+        seen = torch.ones(batch, length, length, dtype=torch.bool, device=device)
+        if valid is not None:
+            seen = seen & valid[:, None, :]
+        if segments is not None:
+            seen = seen & (segments[:, :, None] == segments[:, None, :])
+        key_positions = positions
+    if spec.causal:
+        seen = seen & (slots[None, :] <= steps[:, None])
+    seen = seen | (slots[None, :] == steps[:, None])
+
+    if prefix is not None:
+        index = torch.arange(prefix.size, device=device)
+        lengths = prefix.lengths
+        lengths = positions.new_full((batch, length), prefix.size) if lengths is None else lengths
+        shown = index >= prefix.size - lengths[..., None]
+        seen = torch.cat((shown, seen), dim=2)
+    mask = seen[:, None]
+    if not alibi:
+        return mask, False
+    key_positions = key_positions[:, None, :].expand(batch, length, -1)
+    if prefix is not None:
+        key_positions = torch.cat((index - (prefix.size - lengths[..., None]), key_positions), dim=2)
+    distance = (key_positions - positions[:, :, None]).to(torch.float32)
+    bias = alibi_slopes(spec.num_heads).to(device)[None, :, None, None] * distance[:, None]
+    return bias.masked_fill(~mask, float("-inf")).to(dtype), False
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over flattened tokens, (B * T, hidden) -> (B * T, hidden)."""
+
+    def __init__(self, spec: Spec, layer: int):
+        super().__init__()
+        self.spec, self.layer = spec, layer
+        query, key = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        if spec.fused_qkv:
+            self.qkv_proj = Linear(spec.hidden_size, query + 2 * key, spec.qkv_bias)
+        else:
+            self.q_proj = Linear(spec.hidden_size, query, spec.qkv_bias)
+            self.k_proj = Linear(spec.hidden_size, key, spec.qkv_bias)
+            self.v_proj = Linear(spec.hidden_size, key, spec.qkv_bias)
+        self.o_proj = Linear(query, spec.hidden_size, spec.out_bias)
+
+    def project(self, x: Tensor, frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B * T, hidden) -> q, k, v, each (B, T, heads, head_dim)."""
+        spec, rows = self.spec, (frame.batch, frame.length)
+        if spec.fused_qkv == "heads":
+            fused = self.qkv_proj(x).view(*rows, spec.num_heads, 3, spec.head_dim)
+            return fused[..., 0, :], fused[..., 1, :], fused[..., 2, :]
+        if spec.fused_qkv == "blocks":
+            fused = self.qkv_proj(x).view(*rows, 3, spec.num_heads, spec.head_dim)
+            return fused[:, :, 0], fused[:, :, 1], fused[:, :, 2]
+        q = self.q_proj(x).view(*rows, spec.num_heads, spec.head_dim)
+        k = self.k_proj(x).view(*rows, spec.num_kv_heads, spec.head_dim)
+        v = self.v_proj(x).view(*rows, spec.num_kv_heads, spec.head_dim)
+        return q, k, v
+
+    def forward(self, x: Tensor, frame: Frame) -> Tensor:
+        q, k, v = self.project(x, frame)
+        if frame.rotary is not None:
+            q, k = rotate(q, *frame.rotary), rotate(k, *frame.rotary)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
+        if frame.cache is not None:
+            k, v = frame.cache.update(self.layer, k, v)
+        if frame.prefix is not None:
+            prefix = frame.prefix
+            expand = (frame.batch, -1, -1, -1)
+            k = torch.cat((prefix.keys[self.layer].expand(expand).to(k.dtype), k), dim=2)
+            v = torch.cat((prefix.values[self.layer].expand(expand).to(v.dtype), v), dim=2)
+        grouped = self.spec.num_kv_heads != self.spec.num_heads
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=frame.mask, is_causal=frame.causal, enable_gqa=grouped
+        )
+        return self.o_proj(out.transpose(1, 2).reshape(frame.batch * frame.length, -1))

@@ -1,0 +1,64 @@
+"""A network with everything that belongs to it, and what a technique is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from burnish.model.linear import Weight
+from burnish.model.spec import Spec
+from burnish.model.transformer import Transformer
+
+
+@dataclass
+class Link:
+    """One applied technique with its resolved config."""
+
+    name: str
+    config: Any
+
+
+@dataclass
+class Context:
+    """What `apply` may use: batches for calibration, a seed."""
+
+    batches: Sequence[dict[str, Tensor]] = ()
+    seed: int = 0
+
+
+@dataclass
+class Model:
+    """A network with its tokenizer, its Hugging Face config, where it came from and what was applied to it.
+
+    `identity` is the SHA-256 of the base checkpoint's weights, "" for a model that was never on disk.
+    """
+
+    net: Transformer
+    tokenizer: Any
+    hf_config: dict[str, Any]
+    path: str = ""
+    identity: str = ""
+    chain: list[Link] = field(default_factory=list)
+
+    @property
+    def spec(self) -> Spec:
+        return self.net.spec
+
+    @property
+    def device(self) -> torch.device:
+        return self.net.embed_tokens.weight.device
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """Parameters that train, by name."""
+        return {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+
+    def parameter_count(self) -> int:
+        """Logical weights of the network: a quantised matrix counts its (out, in) elements."""
+        stored = {id(p) for m in self.net.modules() if isinstance(m, Weight) for p in m.parameters()}
+        plain = sum(p.numel() for p in self.net.parameters() if id(p) not in stored)
+        weights = {id(next(m.parameters())): m for m in self.net.modules() if isinstance(m, Weight)}
+        return plain + sum(m.shape[0] * m.shape[1] for m in weights.values())

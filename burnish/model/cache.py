@@ -1,0 +1,92 @@
+"""Keys and values kept between forwards.
+
+`KVCache` is preallocated storage that generation writes into. `Prefix` is a short run of learnt keys and values
+that stands before every row (prefix tuning) and carries gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from burnish.model.spec import Spec
+
+
+@dataclass
+class Prefix:
+    """Learnt keys and values of P positions; `keys` and `values` are (layers, 1, kv_heads, P, head_dim).
+
+    `lengths` (B, T) tells how many of the last P positions each token may see, which lets rows (and the documents of
+    a packed row) use prefixes of different length; None means all P. Positions of the tokens start after it.
+    """
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        return self.keys.shape[3]
+
+
+class KVCache:
+    """Per-layer keys and values of shape (B, kv_heads, capacity, head_dim), filled from slot 0 on.
+
+    `valid` (B, capacity) marks slots that hold a real token, `positions` (B, capacity) their position.
+    """
+
+    def __init__(
+        self, spec: Spec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ):
+        shape = (spec.num_layers, batch, spec.num_kv_heads, capacity, spec.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.valid = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
+        self.positions = torch.zeros(batch, capacity, dtype=torch.long, device=device)
+        self.length = 0
+        self.holes = False  # whether some filled slot of some row holds no token
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    def next_positions(self) -> Tensor:
+        """(B,) the position that each row's next token takes: one past its largest valid position."""
+        past = torch.where(self.valid, self.positions, torch.full_like(self.positions, -1))
+        return past[:, : max(self.length, 1)].max(dim=1).values + 1
+
+    def load(self, prefix: Prefix) -> None:
+        """Put a prefix into the first slots; each row sees the last `lengths[row, 0]` of them."""
+        size = prefix.size
+        self.keys[:, :, :, :size] = prefix.keys
+        self.values[:, :, :, :size] = prefix.values
+        slots = torch.arange(size, device=self.valid.device)
+        lengths = (
+            slots.new_full((len(self.valid), 1), size) if prefix.lengths is None else prefix.lengths[:, :1]
+        )
+        self.positions[:, :size] = slots - (size - lengths)
+        self.valid[:, :size] = self.positions[:, :size] >= 0
+        self.length = size
+        self.holes = prefix.lengths is not None
+
+    def reserve(self, valid: Tensor | None, positions: Tensor) -> None:
+        """Announce the next T tokens, (B, T) each: the layers then `update` the same slots. None: all valid."""
+        end = self.length + positions.shape[1]
+        self.valid[:, self.length : end] = True if valid is None else valid
+        self.holes |= valid is not None
+        self.positions[:, self.length : end] = positions
+        self.length = end
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (B, kv_heads, T, head_dim) into the reserved slots and return all filled slots of the layer."""
+        start = self.length - keys.shape[2]
+        self.keys[layer, :, :, start : self.length] = keys
+        self.values[layer, :, :, start : self.length] = values
+        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep or reorder rows: `rows` (B',) indexes the batch dimension."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.valid, self.positions = self.valid[rows], self.positions[rows]

@@ -1,0 +1,30 @@
+"""One tokenised example, as data loading writes it and the techniques' `encode` hooks rewrite it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+IGNORE = -100
+
+
+@dataclass
+class Example:
+    """ids and labels have the same length; `labels[i]` is the id at position i where it is trained, else -100.
+
+    slots: -1 for a real token, i >= 0 for pseudo token i (ids then hold a placeholder). label: the class of a
+    classification example. virtual_tokens: how long a soft prompt this row gets, None for all of it. token_types:
+    BERT's sentence numbers. fields: the row's columns as text, for templates.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    fields: dict[str, str] = field(default_factory=dict)
+    slots: list[int] | None = None
+    label: int | None = None
+    virtual_tokens: int | None = None
+    token_types: list[int] | None = None
+
+    @property
+    def prompt_length(self) -> int:
+        """Number of tokens before the first trained one."""
+        return next((i for i, label in enumerate(self.labels) if label != IGNORE), len(self.labels))

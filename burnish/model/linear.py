@@ -1,0 +1,93 @@
+"""The one Linear: a projection whose stored weight may be dense, quantised or sparse.
+
+Everything that changes how a weight is stored subclasses `Weight`; everything that adds to a projection (LoRA,
+adapters) wraps a `Linear` whatever its weight is. Quantised storage is frozen Parameters, never buffers, because
+FSDP shards parameters only.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Weight(nn.Module):
+    """Storage of a matrix of shape (out_features, in_features)."""
+
+    shape: tuple[int, int]
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (tokens, in) -> (tokens, out), in x's dtype; the stored matrix is expanded only for the product."""
+        return FrozenMatmul.apply(x, self, bias)
+
+    def dequantize(self) -> Tensor:
+        """The matrix as (out, in), in a floating dtype."""
+        raise NotImplementedError
+
+    def shard(self, dim: int, rank: int, world: int) -> Weight:
+        """The `rank`-th of `world` equal parts along `dim` (0 splits outputs, 1 splits inputs)."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        return dict(self.named_parameters())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the storage takes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+
+class FrozenMatmul(torch.autograd.Function):
+    """x @ W.T for a frozen stored W: backward expands W again instead of keeping the expanded copy alive."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        ctx.has_bias = bias is not None
+        return F.linear(x, weight.dequantize().to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_x = grad @ ctx.weight.dequantize().to(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias
+
+
+class Dense(Weight):
+    """A plain floating matrix; may be trained."""
+
+    def __init__(self, dense: Tensor):
+        super().__init__()
+        self.dense = dense if isinstance(dense, nn.Parameter) else nn.Parameter(dense)
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        return (self.dense.shape[0], self.dense.shape[1])
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def dequantize(self) -> Tensor:
+        return self.dense
+
+    def shard(self, dim: int, rank: int, world: int) -> Dense:
+        return Dense(self.dense.detach().chunk(world, dim)[rank].clone())
+
+
+class Linear(nn.Module):
+    """y = x W^T + b with x of shape (tokens, in_features); parameters are cast to x's dtype."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, weight: Weight | None = None):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight: Weight = weight or Dense(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight.matmul(x, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {type(self.weight).__name__}"

@@ -1,0 +1,61 @@
+"""Position schemes as functions of token positions: rotary embedding and ALiBi.
+
+Rotary: RoFormer (arXiv 2104.09864), section 3.2, in Llama's half-split layout. ALiBi: arXiv 2108.12409, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from burnish.config import UserError
+from burnish.model.spec import Spec
+
+
+def inverse_frequencies(spec: Spec, device: torch.device | None = None) -> Tensor:
+    """(head_dim / 2,) rotation frequencies in radians per position, with the spec's scaling applied.
+
+    Scaling "linear" divides every frequency by the factor; "llama3" divides the low frequencies only and blends in
+    between (the Llama 3.1 checkpoints' `rope_scaling`). Raises UserError on a type that is not known.
+    """
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32, device=device) / spec.head_dim
+    frequencies = 1.0 / spec.rope_theta**exponents
+    scaling = dict(spec.rope_scaling)
+    kind = scaling.get("rope_type", "default")
+    if kind == "default":
+        return frequencies
+    factor = float(scaling.get("factor", 1.0))
+    if kind == "linear":
+        return frequencies / factor
+    if kind == "llama3":
+        original = float(scaling["original_max_position_embeddings"])
+        low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+        turns = original * frequencies / (2 * math.pi)
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies * (blend + (1 - blend) / factor)
+    raise UserError(
+        f"config.json: rope_scaling type '{kind}' is not supported; known: default, linear, llama3"
+    )
+
+
+def rotary_angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """positions (B, T) -> cos, sin, each (B, T, 1, head_dim), to multiply (B, T, heads, head_dim)."""
+    angles = positions[..., None].float() * frequencies
+    angles = torch.cat((angles, angles), dim=-1)[:, :, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (B, T, heads, head_dim), pairing dimension j with j + head_dim / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """(heads,) slopes 2^(-8i/n); for a head count n that is no power of two, BLOOM's interleaving (section 3)."""
+    closest = 2 ** math.floor(math.log2(heads))
+    slopes = [2.0 ** (-8.0 * i / closest) for i in range(1, closest + 1)]
+    slopes += [2.0 ** (-4.0 * i / closest) for i in range(1, 2 * (heads - closest), 2)]
+    return torch.tensor(slopes)

@@ -1,0 +1,39 @@
+"""What soft prompts share: pseudo tokens inside an example, and their embeddings inside a batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from burnish.model.example import IGNORE, Example
+from burnish.model.transformer import Transformer
+
+
+def first_slot(net: Transformer) -> int:
+    """The first slot number that no technique of the network uses yet."""
+    return sum(getattr(module, "num_slots", 0) for module in net.techniques.values())
+
+
+def insert(example: Example, at: int, slots: list[int]) -> Example:
+    """The example with pseudo tokens `slots` before position `at`; they are never trained as targets."""
+    count = len(slots)
+    old = example.slots or [-1] * len(example.ids)
+    types = example.token_types
+    return replace(
+        example,
+        ids=example.ids[:at] + [0] * count + example.ids[at:],
+        labels=example.labels[:at] + [IGNORE] * count + example.labels[at:],
+        slots=old[:at] + slots + old[at:],
+        token_types=None
+        if types is None
+        else types[:at] + [types[min(at, len(types) - 1)]] * count + types[at:],
+    )
+
+
+def fill(embeds: Tensor, slots: Tensor, table: Tensor, first: int) -> Tensor:
+    """embeds (B, T, H) with row slot - first of `table` (n, H) wherever slots (B, T) lies in [first, first + n)."""
+    local = slots - first
+    mine = (local >= 0) & (local < len(table))
+    return torch.where(mine[..., None], table.to(embeds.dtype)[local.clamp(0, len(table) - 1)], embeds)

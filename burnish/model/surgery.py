@@ -1,0 +1,61 @@
+"""Finding and replacing modules from outside."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import nn
+
+from burnish.config import UserError, nearest
+from burnish.model.families import FAMILIES
+from burnish.model.linear import Linear
+from burnish.model.transformer import Transformer
+
+
+def linears(net: Transformer) -> Iterator[tuple[str, Linear]]:
+    """The projections of the layers (not the head) as (path, Linear), wrapped ones included."""
+    for path, module in net.named_modules():
+        if isinstance(module, Linear) and path.startswith("layers."):
+            yield path, module
+
+
+def select(net: Transformer, targets: Sequence[str] | str) -> list[tuple[str, Linear]]:
+    """The Linears that `targets` name: "all-linear", module names, in burnish's or the family's own Hugging Face
+    words, path suffixes, or one regular expression over whole paths. Raises UserError when a target matches nothing.
+    """
+    found = [(path.removesuffix(".base"), module) for path, module in linears(net)]
+    if targets == "all-linear":
+        return found
+    aliases = {native: hf for native, hf in FAMILIES[net.spec.family].modules if native.startswith("layers.")}
+
+    def names(path: str) -> set[str]:
+        general = re.sub(r"\.\d+\.", ".{i}.", path, count=1)
+        index = path.split(".")[1]
+        return {path, aliases.get(general, path).replace("{i}", index)}
+
+    if isinstance(targets, str):
+        chosen = [pair for pair in found if any(re.fullmatch(targets, name) for name in names(pair[0]))]
+        if chosen:
+            return chosen
+        targets = [targets]
+    chosen_paths: set[str] = set()
+    for target in targets:
+        hits = [p for p, _ in found if any(n == target or n.endswith("." + target) for n in names(p))]
+        if not hits:
+            leaves = sorted({name.split(".")[-1] for path, _ in found for name in names(path)})
+            raise UserError(
+                f"target_modules: '{target}' matches no projection of this {net.spec.family} model"
+                f"{nearest(target, leaves)}; it has: {', '.join(leaves)}"
+            )
+        chosen_paths.update(hits)
+    return [pair for pair in found if pair[0] in chosen_paths]
+
+
+def replace(net: nn.Module, path: str, build: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Put `build(old)` where `path` points; returns the new module."""
+    parent_path, _, leaf = path.rpartition(".")
+    parent = net.get_submodule(parent_path)
+    new = build(getattr(parent, leaf))
+    setattr(parent, leaf, new)
+    return new

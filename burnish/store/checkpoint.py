@@ -1,0 +1,251 @@
+"""Loading and saving models in folders.
+
+A folder that burnish writes holds `config.json`, the tokenizer, and `burnish.json` with the chain of techniques and
+the base's identity. Dense base weights go to `model.safetensors` under their family's own names, so that
+transformers loads the folder unchanged; everything else (quantised storage, prompts, masks) goes to
+`burnish.safetensors` under burnish's names. A chain that leaves the base alone is saved without the base, and a chain
+of LoRA alone in PEFT's format.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from burnish import chain as chains
+from burnish.config import UserError
+from burnish.model.bundle import Model
+from burnish.model.families import FAMILIES, Family, read_spec, tensor_names
+from burnish.model.linear import Dense, Weight
+from burnish.model.spec import Head
+from burnish.model.transformer import Transformer
+from burnish.store import adapters
+from burnish.store.identity import identity
+from burnish.store.tensors import Entry, read_folder, write_json, write_tensors
+from burnish.store.tokenizer import load_tokenizer, save_tokenizer
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+def resolve(source: str | Path) -> Path:
+    """The folder of a model: a local path, "pebble" for the embedded model, or a hub id, downloaded if needed."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if (ASSETS / str(source) / "config.json").exists():
+        return ASSETS / str(source)
+    if path.is_file():
+        raise UserError(f"{path}: a file, where a checkpoint folder is needed")
+    if len(path.parts) != 2 or str(source).startswith((".", "/", "~")):
+        raise UserError(f"{source}: no such folder, and not a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except Exception as error:
+        raise UserError(f"{source}: no such folder, and the hub gave: {str(error).splitlines()[0]}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError where it is missing or does not parse."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent}: no {path.name} in this folder; it is not a checkpoint") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a JSON object is needed")
+    return data
+
+
+def load(
+    source: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    head: Head | None = None,
+) -> Model:
+    """The model in a folder: a Hugging Face checkpoint, what burnish saved, or a PEFT LoRA adapter.
+
+    dtype None keeps floating tensors as they are stored. `head` overrides the checkpoint's own. Raises UserError for
+    a folder that is no checkpoint, listing every missing, unexpected or misshapen tensor.
+    """
+    folder = resolve(source)
+    saved = read_json(folder / "burnish.json") if (folder / "burnish.json").exists() else {}
+    if (folder / "adapter_config.json").exists():
+        chain, extras, base_name = adapters.read(folder)
+        base = resolve(saved.get("base") or base_name)
+    else:
+        chain = saved.get("chain", [])
+        extras = read_folder(folder, "burnish") if (folder / "burnish.safetensors").exists() else {}
+        base = folder if saved.get("complete", True) else resolve(saved["base"])
+    if base != folder and saved.get("identity") and identity(base) != saved["identity"]:
+        raise UserError(
+            f"{folder}: made for a base with identity {saved['identity'][:12]}, but {base} has {identity(base)[:12]}; "
+            "give the base that it was trained on"
+        )
+    hf_config = read_json(base / "config.json")
+    quantised = base == folder and not (folder / "model.safetensors").exists() and bool(extras)
+    entries = {} if quantised else canonical(read_folder(base), hf_config)
+    pooled = any("pooler" in name for name in (*entries, *extras))
+    spec = read_spec(hf_config, head, pooled)
+    if (folder / "adapter_config.json").exists():
+        extras = adapters.rename(tensor_names(spec), family_of(hf_config).prefix, chain, extras)
+    with torch.device("meta"):
+        model = Model(Transformer(spec), None, hf_config, path=str(base))
+        chains.rebuild(model, chain)
+    fill(model, entries, extras, folder, dtype, device)
+    model.tokenizer = load_tokenizer(folder if has_tokenizer(folder) else base)
+    model.identity = saved.get("identity") or identity(base)
+    model.net.eval()
+    return model
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder brings a tokenizer of its own."""
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"))
+
+
+def canonical(entries: dict[str, Entry], hf_config: dict[str, Any]) -> dict[str, Entry]:
+    """The entries under their family's full names: base-only checkpoints leave the outer prefix away."""
+    prefix = family_of(hf_config).prefix
+    if not prefix or any(key.startswith(prefix) for key in entries):
+        return entries
+    heads = ("lm_head.", "score.", "classifier.", "cls.")
+    return {key if key.startswith(heads) else prefix + key: entry for key, entry in entries.items()}
+
+
+def stored_names(model: Model) -> dict[str, tuple[str, str | None]]:
+    """Parameter name -> (burnish's stored name, the family's name or None where only burnish knows the tensor).
+
+    Stored names leave away a wrapper's `.base` and a dense weight's `.dense`.
+    """
+    modules, tensors = tensor_names(model.spec), family_of(model.hf_config).tensors
+    names: dict[str, tuple[str, str | None]] = {}
+    for name, _ in model.net.named_parameters():
+        native = name.replace(".base.", ".").removesuffix(".dense")
+        module, _, leaf = native.rpartition(".")
+        foreign = tensors.get(native)
+        if foreign is None and module in modules and leaf in ("weight", "bias"):
+            foreign = f"{modules[module]}.{leaf}"
+        names[name] = (native, foreign)
+    return names
+
+
+def is_transposed(model: Model, native: str) -> bool:
+    """Whether the family stores this matrix as (in, out)."""
+    parts = native.split(".")
+    return parts[-1] == "weight" and len(parts) > 1 and parts[-2] in family_of(model.hf_config).transposed
+
+
+def fill(
+    model: Model,
+    entries: dict[str, Entry],
+    extras: dict[str, Entry],
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> None:
+    """Give every parameter its stored tensor, or raise one UserError that lists all that do not match."""
+    net, family = model.net, family_of(model.hf_config)
+    plan: dict[str, tuple[Entry, bool, bool]] = {}
+    problems: list[str] = []
+    for name, (native, foreign) in stored_names(model).items():
+        key = native if native in extras else foreign or native
+        entry = extras.get(key) or entries.get(key)
+        if entry is None:
+            problems.append(f"missing {key}")
+            continue
+        base = key not in extras
+        transposed = base and is_transposed(model, native)
+        shape = tuple(net.get_parameter(name).shape)[:: -1 if transposed else 1]
+        if entry.shape != shape:
+            problems.append(f"{key} has shape {list(entry.shape)} where {list(shape)} is needed")
+        plan[name] = (entry, transposed, base)
+    used = {entry for entry, _, _ in plan.values()}
+    modules = set(
+        tensor_names(model.spec).values()
+    )  # tensors of another head than the one in use are left unread
+    for key, entry in [*entries.items(), *extras.items()]:
+        known = key.rpartition(".")[0] in modules or key in family.tensors.values()
+        if entry not in used and not known and not any(part in key for part in family.ignored):
+            problems.append(f"unexpected {key}")
+    if problems:
+        raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
+    for name, (entry, transposed, base) in plan.items():
+        tensor = entry.read()
+        if base and dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        if transposed:
+            tensor = tensor.t().contiguous()
+        trains = net.get_parameter(name).requires_grad
+        module, _, leaf = name.rpartition(".")
+        setattr(net.get_submodule(module), leaf, nn.Parameter(tensor.to(device), requires_grad=trains))
+    net.tie()
+
+
+def save(model: Model, folder: str | Path) -> Path:
+    """Write the model into `folder` (made if needed); files already there are replaced one by one, each atomically.
+
+    Raises UserError when the folder holds a different model's files that this save would mix with.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = model.spec
+    complete = not model.path or any(
+        getattr(chains.technique(x.name), "CHANGES_BASE", False) for x in model.chain
+    )
+    complete = complete or not model.chain
+    dense = all(isinstance(m, Dense) for m in model.net.modules() if isinstance(m, Weight))
+    parameters = dict(model.net.named_parameters())
+    foreign: dict[str, torch.Tensor] = {}
+    extras: dict[str, torch.Tensor] = {}
+    for name, (native, other) in stored_names(model).items():
+        tensor = parameters[name].detach()
+        if other is None or not dense:
+            if other is None or complete:
+                extras[native] = tensor
+        elif complete:
+            other = other.removeprefix(family_of(model.hf_config).prefix) if spec.head == "none" else other
+            foreign[other] = tensor.t() if is_transposed(model, native) else tensor
+    stale = [name for name in ("model.safetensors.index.json",) if (folder / name).exists()]
+    if stale:
+        raise UserError(f"{folder}: holds a sharded checkpoint; choose another folder")
+    record: dict[str, Any] = {"format": 1, "complete": complete, "chain": chains.describe(model)}
+    record |= {"identity": model.identity, "base": model.path}
+    if foreign:
+        write_tensors(foreign, folder / "model.safetensors")
+    if not complete and [link.name for link in model.chain] == ["lora"]:
+        adapters.write(model, extras, folder)
+    elif extras:
+        write_tensors(extras, folder / "burnish.safetensors")
+    if complete:
+        write_json(saved_config(model), folder / "config.json")
+        generation = Path(model.path or ".") / "generation_config.json"
+        if model.path and generation.exists() and generation.parent.resolve() != folder.resolve():
+            shutil.copyfile(generation, folder / "generation_config.json")
+    if model.tokenizer is not None:
+        save_tokenizer(model.tokenizer, folder)
+    write_json(record, folder / "burnish.json")
+    return folder
+
+
+def saved_config(model: Model) -> dict[str, Any]:
+    """config.json of the model as it is now."""
+    spec = model.spec
+    dtype = str(model.net.embed_tokens.weight.dtype).removeprefix("torch.")
+    architecture = family_of(model.hf_config).architectures[spec.head]
+    config = {**model.hf_config, "architectures": [architecture], "dtype": dtype}
+    config.pop("torch_dtype", None)
+    return config
+
+
+def family_of(hf_config: dict[str, Any]) -> Family:
+    """The declared family of a config that `read_spec` accepted."""
+    return FAMILIES[hf_config["model_type"]]

@@ -1,0 +1,40 @@
+"""The SHA-256 identity of a checkpoint's weights, cached by path, size and time of change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from burnish.store.tensors import write_json
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, in the order that the identity hashes them."""
+    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("burnish.safetensors"))
+
+
+def identity(folder: Path) -> str:
+    """SHA-256 (hex) over the bytes of the weight files."""
+    files = weight_files(folder)
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    key = hashlib.sha256(repr(stats).encode()).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "burnish" / "identity.json"
+    try:
+        known = json.loads(cache.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if key not in known:
+        digest = hashlib.sha256()
+        for path in files:
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+        known[key] = digest.hexdigest()
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_json(known, cache)
+        except OSError:
+            pass  # a read-only home only costs the hashing next time
+    return known[key]

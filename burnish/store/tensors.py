@@ -1,0 +1,152 @@
+"""Reading and writing safetensors files.
+
+Reading goes through plain file reads straight into each tensor's final memory: loading then holds the model once,
+where a memory map would hold its file pages beside it. The header is checked against the file before anything is
+allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from burnish.config import UserError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+HEADER_LIMIT = 100_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: its file, dtype, shape, and byte range in the file."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        if tensor.numel():
+            view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self.start)
+                done = 0
+                while done < len(view):
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise UserError(
+                            f"{self.path}: the file ends inside a tensor; copy or download it again"
+                        )
+                    done += count
+        return tensor
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file by name. Raises UserError for a truncated file or a header that lies."""
+
+    def broken(why: str) -> UserError:
+        return UserError(f"{path}: not a complete safetensors file ({why}); copy or download it again")
+
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, HEADER_LIMIT):
+            raise broken("its header is cut off")
+        try:
+            header = json.loads(file.read(length))
+            entries = {}
+            for name, info in header.items():
+                if name == "__metadata__":
+                    continue
+                start, end = info["data_offsets"]
+                shape = tuple(info["shape"])
+                dtype = DTYPES.get(info["dtype"])
+                if dtype is None:
+                    raise UserError(
+                        f"{path}: tensor {name} has dtype {info['dtype']}; known: {', '.join(DTYPES)}"
+                    )
+                if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)):
+                    raise broken(f"tensor {name} has a negative or fractional size")
+                count = dtype.itemsize
+                for n in shape:
+                    count *= n
+                if end - start != count or 8 + length + end > size:
+                    raise broken(f"tensor {name} does not fit the file")
+                entries[name] = Entry(path, dtype, shape, 8 + length + start, 8 + length + end)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise broken(f"its header does not parse: {error}") from None
+    return entries
+
+
+def read_folder(folder: Path, stem: str = "model") -> dict[str, Entry]:
+    """All tensors of `<stem>.safetensors`, or of the shards that its index names."""
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if index.exists():
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index}: not a safetensors index; download it again") from None
+        missing = [name for name in files if Path(name).name != name or not (folder / name).exists()]
+        if missing:
+            raise UserError(f"{folder}: shards named by the index are missing: {', '.join(missing)}")
+        return {name: entry for file in files for name, entry in read_header(folder / file).items()}
+    if single.exists():
+        return read_header(single)
+    pickled = sorted(
+        path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern)
+    )
+    if pickled:
+        raise UserError(
+            f"{folder}: {pickled[0]} is a pickle, which can run code when it is read; convert it to safetensors where "
+            "you trust it: python -c \"from transformers import AutoModel as A; A.from_pretrained('IN')"
+            ".save_pretrained('OUT')\""
+        )
+    raise UserError(f"{folder}: no {stem}.safetensors in this folder; give a checkpoint folder or a hub id")
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file under a temporary name, sync it, then rename it to `path`."""
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"}
+    )
+    replace_file(temporary, path)
+
+
+def write_json(data: object, path: Path) -> None:
+    """Write JSON under a temporary name, sync it, then rename it to `path`."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_file(temporary, path)
+
+
+def replace_file(temporary: Path, path: Path) -> None:
+    """Sync `temporary` to disk, then rename it to `path`."""
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, path)

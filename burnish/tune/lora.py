@@ -1,0 +1,109 @@
+"""LoRA: a trained low-rank correction beside a frozen projection.
+
+    y = W x + (alpha / r) B A x,    A in R^{r x in} Gaussian, B in R^{out x r} zero
+
+so that training starts at the base's outputs. Source: LoRA (arXiv 2106.09685), section 4.1; alpha / sqrt(r) with
+`use_rslora` from rsLoRA (arXiv 2312.03732). The wrapped projection may have any `Weight`. A and B are kept in
+float32 and applied in the activations' dtype, without a copy of the activations in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from burnish.config import UserError
+from burnish.model.bundle import Context, Model
+from burnish.model.families import FAMILIES
+from burnish.model.linear import Dense, Linear
+from burnish.model.surgery import replace as put
+from burnish.model.surgery import select
+
+
+@dataclass(frozen=True)
+class Config:
+    """`target_modules`: names in burnish's or Hugging Face's words, "all-linear", or a regular expression over whole
+    paths; None for the family's query and value projections (section 4.2)."""
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    use_rslora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+class LoRALinear(nn.Module):
+    """A `Linear` and its low-rank correction; x (tokens, in) -> (tokens, out)."""
+
+    def __init__(self, base: Linear, config: Config):
+        super().__init__()
+        device = next(base.weight.parameters()).device
+        self.base = base
+        self.scaling = config.scaling
+        self.dropout = config.lora_dropout
+        self.lora_A = nn.Parameter(
+            torch.empty(config.r, base.in_features, device=device, dtype=torch.float32)
+        )
+        self.lora_B = nn.Parameter(
+            torch.zeros(base.out_features, config.r, device=device, dtype=torch.float32)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        low = dropped @ self.lora_A.to(x.dtype).t()
+        return torch.addmm(self.base(x), low, self.lora_B.to(x.dtype).t(), alpha=self.scaling)
+
+    def delta(self) -> Tensor:
+        """The correction as a matrix (out, in), float32."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+
+def apply(model: Model, config: Config, context: Context) -> Config:
+    """Wrap the targets; the resolved config lists their paths."""
+    if config.r < 1:
+        raise UserError(f"technique 'lora': r is {config.r}; it must be at least 1")
+    targets = config.target_modules or list(FAMILIES[model.spec.family].lora_targets)
+    paths = [path for path, _ in select(model.net, targets)]
+    config = replace(config, target_modules=paths)
+    rebuild(model, config)
+    generator = torch.Generator().manual_seed(context.seed)
+    for layer in layers(model).values():
+        bound = 1 / math.sqrt(layer.base.in_features)
+        with torch.no_grad():
+            layer.lora_A.copy_(torch.empty(layer.lora_A.shape).normal_(0, bound, generator=generator))
+    return config
+
+
+def rebuild(model: Model, config: Config) -> None:
+    for path in config.target_modules or ():
+        put(model.net, path, lambda base: LoRALinear(base, config))  # type: ignore[arg-type]
+
+
+def layers(model: Model) -> dict[str, LoRALinear]:
+    """The wrapped projections by path."""
+    return {path: module for path, module in model.net.named_modules() if isinstance(module, LoRALinear)}
+
+
+@torch.no_grad()
+def merge(model: Model, config: Config) -> str:
+    """Add the corrections to the weights; a quantised weight becomes dense first, and the note says so."""
+    expanded = 0
+    for path, layer in layers(model).items():
+        linear = layer.base
+        if isinstance(linear.weight, Dense):
+            linear.weight.dense += layer.delta().to(linear.weight.dense.dtype)
+        else:
+            expanded += 1
+            linear.weight = Dense((linear.weight.dequantize().float() + layer.delta()).to(torch.bfloat16))
+            linear.weight.requires_grad_(False)
+        put(model.net, path, lambda wrapped: wrapped.base)
+    note = f"lora: merged into {len(config.target_modules or ())} projections"
+    return note + (f", {expanded} of them quantised and now dense in bfloat16" if expanded else "")

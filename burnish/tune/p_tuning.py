@@ -1,0 +1,159 @@
+"""P-tuning: pseudo tokens anywhere in a template, written by a small prompt encoder.
+
+    h_i = MLP([LSTM_fwd(e)_i : LSTM_bwd(e)_i]),    MLP = Linear, ReLU, Linear
+
+The encoder (embedding, two-layer bidirectional LSTM with half the hidden size per direction, two-layer MLP) makes the
+pseudo tokens depend on each other; the language model is frozen. After training `finalize` keeps only the encoder's
+output embeddings. Source: "GPT Understands, Too" (arXiv 2103.10385), section 3.2. Limits: for small models a plain
+embedding ends close to the LSTM (`encoder: embedding`), and it lengthens the input by the pseudo tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from burnish.config import UserError, nearest
+from burnish.model import soft
+from burnish.model.bundle import Context, Model
+from burnish.model.example import IGNORE, Example
+
+NAME = "p_tuning"
+PART = re.compile(r"\[P(?:\*(\d+))?\]|\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """`template`: [P*n] is n pseudo tokens, {prompt} the example's prompt, {column} a column's text, the rest literal
+    text; the completion follows. In a template for a masked language model [MASK] takes the completion's place."""
+
+    template: str = "[P*3] {prompt} [P*3]"
+    encoder: Literal["lstm", "mlp", "embedding"] = "lstm"
+    finalized: bool = False
+
+
+class PromptEncoder(nn.Module):
+    """() -> (n, hidden) pseudo token embeddings in float32."""
+
+    def __init__(self, count: int, hidden: int, kind: str, first: int):
+        super().__init__()
+        self.num_slots, self.first, self.kind = count, first, kind
+        self.embedding = nn.Embedding(count, hidden)
+        if kind == "lstm":
+            self.lstm = nn.LSTM(hidden, hidden // 2, num_layers=2, bidirectional=True)
+        if kind in ("lstm", "mlp"):
+            self.mlp = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, hidden))
+
+    def forward(self) -> Tensor:
+        table = self.embedding.weight
+        if self.kind == "lstm":
+            table = self.lstm(table)[0]
+        return self.mlp(table) if self.kind in ("lstm", "mlp") else table
+
+
+def parts(template: str) -> list[tuple[str, str | int]]:
+    """The template as ("soft", n), ("field", column) and ("text", words) in order."""
+    found: list[tuple[str, str | int]] = []
+    end = 0
+    for match in PART.finditer(template):
+        if match.start() > end:
+            found.append(("text", template[end : match.start()]))
+        found.append(("field", match[2]) if match[2] else ("soft", int(match[1] or 1)))
+        end = match.end()
+    if end < len(template):
+        found.append(("text", template[end:]))
+    return [(kind, value) for kind, value in found if kind != "text" or str(value).strip()]
+
+
+def apply(model: Model, config: Config, context: Context) -> Config:
+    """Add the prompt encoder. Raises UserError for a template without pseudo tokens or without a column."""
+    found = parts(config.template)
+    for kind, need in (("soft", "[P*3]"), ("field", "{prompt}")):
+        if not any(k == kind for k, _ in found):
+            raise UserError(
+                f"technique '{NAME}': template '{config.template}' has no {need}; add it where it belongs"
+            )
+    if config.encoder == "lstm" and model.spec.hidden_size % 2:
+        raise UserError(f"technique '{NAME}': the LSTM needs an even hidden size; choose encoder: mlp")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.seed)
+        rebuild(model, replace(config, finalized=False))
+    return config
+
+
+def rebuild(model: Model, config: Config) -> None:
+    net = model.net
+    count = sum(int(value) for kind, value in parts(config.template) if kind == "soft")
+    kind = "embedding" if config.finalized else config.encoder
+    net.techniques[NAME] = PromptEncoder(count, net.spec.hidden_size, kind, soft.first_slot(net)).to(
+        model.device
+    )
+
+
+def encode(model: Model, config: Config, example: Example) -> Example:
+    encoder = model.net.techniques[NAME]
+    mask = getattr(model.tokenizer, "mask_token", None)
+    start = example.prompt_length
+    target = example.ids[start:]
+    ids: list[int] = []
+    labels: list[int] = []
+    slots: list[int] = []
+    next_slot, left = encoder.first, encoder.num_slots
+    if example.virtual_tokens is not None:
+        left = min(left, example.virtual_tokens)
+    masked = False
+    for kind, value in parts(config.template):
+        if kind == "soft":
+            take = min(int(value), left)
+            ids += [0] * take
+            labels += [IGNORE] * take
+            slots += range(next_slot, next_slot + take)
+            next_slot, left = next_slot + int(value), left - take
+            continue
+        if value == "prompt":
+            new, new_slots = example.ids[:start], example.slots[:start] if example.slots else None
+        else:
+            text = str(value) if kind == "text" else column(example, str(value))
+            new, new_slots = model.tokenizer(text, add_special_tokens=False)["input_ids"], None
+        new_labels = [IGNORE] * len(new)
+        if kind == "text" and mask and mask in str(value):
+            at = new.index(model.tokenizer.mask_token_id)
+            new = new[:at] + [model.tokenizer.mask_token_id] * len(target) + new[at + 1 :]
+            new_labels = new_labels[:at] + target + new_labels[at + 1 :]
+            masked = True
+        ids, labels, slots = ids + new, labels + new_labels, slots + (new_slots or [-1] * len(new))
+    if not masked:
+        ids, labels = ids + target, labels + example.labels[start:]
+        slots += example.slots[start:] if example.slots else [-1] * len(target)
+    types = None if example.token_types is None else [0] * len(ids)
+    return replace(example, ids=ids, labels=labels, slots=slots, token_types=types)
+
+
+def column(example: Example, name: str) -> str:
+    """The text of a column that the template names."""
+    if name not in example.fields:
+        have = ", ".join(example.fields) or "none"
+        raise UserError(
+            f"technique '{NAME}': template names {{{name}}}{nearest(name, example.fields)}; the data's columns are: {have}"
+        )
+    return example.fields[name]
+
+
+def embed(model: Model, config: Config, embeds: Tensor, slots: Tensor) -> Tensor:
+    encoder = model.net.techniques[NAME]
+    return soft.fill(embeds, slots, encoder(), encoder.first)
+
+
+def finalize(model: Model, config: Config) -> Config:
+    """Keep the encoder's outputs as a plain embedding; the LSTM and MLP are dropped."""
+    encoder = model.net.techniques[NAME]
+    with torch.no_grad():
+        table = encoder()
+    plain = PromptEncoder(encoder.num_slots, table.shape[1], "embedding", encoder.first).to(table.device)
+    plain.embedding.weight = nn.Parameter(table)
+    model.net.techniques[NAME] = plain
+    return replace(config, finalized=True)

@@ -1,0 +1,66 @@
+"""Transfer learning: keep a pretrained body, freeze all or its lower part, and train a new head on top.
+
+The new head classifies: a linear layer over the first token's pooled state (encoders) or the last token's state
+(decoders). Source: the practice of ULMFiT (arXiv 1801.06146), section 3.3, and BERT (arXiv 1810.04805), section 4.
+In a chain it comes first: [transfer, lora] adapts the body beside the new head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from burnish.config import UserError
+from burnish.model.bundle import Context, Model
+
+CHANGES_BASE = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """`train_layers`: how many of the upper layers train with the head; -1 for all of them and the embeddings."""
+
+    num_labels: int = 2
+    train_layers: int = 0
+    label_names: list[str] | None = None
+
+
+def apply(model: Model, config: Config, context: Context) -> Config:
+    """Put the head on, start it with Gaussian weights of standard deviation 0.02, and unfreeze what trains."""
+    if config.num_labels < 2:
+        raise UserError(
+            f"technique 'transfer': num_labels is {config.num_labels}; a classifier needs at least 2"
+        )
+    if config.train_layers > model.spec.num_layers:
+        raise UserError(
+            f"technique 'transfer': train_layers is {config.train_layers}; the model has {model.spec.num_layers} layers"
+        )
+    had_pooler = model.net.pooler
+    rebuild(model, config)
+    generator = torch.Generator().manual_seed(context.seed)
+    fresh = [model.net.score, *([model.net.pooler] if had_pooler is None else [])]
+    with torch.no_grad():
+        for linear in fresh:
+            if linear is not None:
+                shape = linear.weight.shape
+                linear.weight.dense.copy_(torch.empty(shape).normal_(0, 0.02, generator=generator))  # type: ignore
+    return config
+
+
+def rebuild(model: Model, config: Config) -> None:
+    net, old_pooler = model.net, model.net.pooler
+    encoder = not net.spec.causal
+    net.set_head(replace(net.spec, head="classification", num_labels=config.num_labels, pooler=encoder))
+    if old_pooler is not None:
+        net.pooler = old_pooler
+    names = config.label_names or [f"LABEL_{i}" for i in range(config.num_labels)]
+    model.hf_config["id2label"] = {str(i): name for i, name in enumerate(names)}
+    model.hf_config["label2id"] = {name: i for i, name in enumerate(names)}
+    for head in (net.score, net.pooler):
+        if head is not None:
+            head.to(device=model.device, dtype=torch.float32).requires_grad_(True)
+    if config.train_layers < 0:
+        net.requires_grad_(True)
+    for layer in net.layers[net.spec.num_layers - max(config.train_layers, 0) :]:
+        layer.requires_grad_(True)
