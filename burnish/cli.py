@@ -150,9 +150,7 @@ def _top(words: list[str]) -> int:
         print(__version__)
         return 0
     longer = [verb for verb in VERBS if verb.startswith(f"{words[0]} ")]
-    near = nearest(words[0], VERBS) or (
-        f" (did you mean '{longer[0]}'?)" if longer else "; see burnish --help"
-    )
+    near = nearest(words[0], VERBS) or (f" (did you mean '{longer[0]}'?)" if longer else "; see burnish --help")
     raise UserError(f"unknown verb '{words[0]}'{near}")
 
 

@@ -115,9 +115,7 @@ def test_json_is_accepted_by_every_verb() -> None:
         parse("x", Bare)
 
 
-def test_file_and_flags_reach_the_verb(
-    verbs: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_file_and_flags_reach_the_verb(verbs: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("model: a\nmax_length: 8\n")
     assert cli.main(["data", "show", str(path), "--max_length", "16", "--techniques", "nf4,lora"]) == 0

@@ -112,9 +112,7 @@ def test_a_bad_value_names_the_file_the_key_and_what_was_expected(key: str, give
 
 
 def test_unknown_keys_name_the_nearest() -> None:
-    with pytest.raises(
-        UserError, match=r"x.yaml: learning_rte: unknown key \(did you mean 'learning_rate'\?\)"
-    ):
+    with pytest.raises(UserError, match=r"x.yaml: learning_rte: unknown key \(did you mean 'learning_rate'\?\)"):
         read(learning_rte=1)
     with pytest.raises(UserError, match="zzz: unknown key; known: model, learning_rate"):
         read(zzz=1)
@@ -191,9 +189,7 @@ def test_what_is_saved_reads_back_equal(rate: float, length: int, packing: bool,
 
 @given(st.floats(allow_nan=False), st.integers())
 def test_numbers_given_as_text_read_back_equal(rate: float, length: int) -> None:
-    config = read_config(
-        Settings, None, {"model": "m", "learning_rate": repr(rate), "max_length": str(length)}
-    )
+    config = read_config(Settings, None, {"model": "m", "learning_rate": repr(rate), "max_length": str(length)})
     assert (config.learning_rate, config.max_length) == (rate, length)
 
 

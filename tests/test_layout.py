@@ -116,9 +116,7 @@ def test_a_wrong_arrow_is_seen(module: str, target: str) -> None:
     assert wrong_arrow(module, target)
 
 
-def test_imports_inside_functions_and_of_public_names_are_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_imports_inside_functions_and_of_public_names_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.py"
     path.write_text(
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from burnish.chain import Model\n"

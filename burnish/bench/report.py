@@ -65,19 +65,18 @@ def table(results: Mapping[str, Any], width: int | None = None) -> Table:
     figures = [figure for figure in FIGURES if wide or figure.narrow]
     figures = [f for f in figures if f.always or any(f.cell(row) for group in groups for row in group.rows)]
     out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
-    out.add_column("row", overflow="fold", min_width=18 if wide else 14)
-    if wide:
-        out.add_column("techniques", overflow="fold")
+    out.add_column("row", overflow="fold", min_width=14)
     for name in ("quality", *(figure.name for figure in figures)):
         out.add_column(name, justify="right", no_wrap=True)
     out.add_column("status", no_wrap=True)
     for group in groups:
         metric = group.rows[0]["quality"]["metric"]
         direction = f"{metric.replace('_', ' ')} {'↓' if lower_is_better(metric) else '↑'}"
-        out.add_row(Text(group.task, "bold"), *[""] * wide, Text(direction, "dim"))
+        out.add_row(Text(group.task, "bold"), Text(direction, "dim"))
         for row in group.rows:
             state, found = group.state(row), row["quality"]
-            cells = [Text(row["name"]), *[Text(" + ".join(chain(row)), "dim")] * wide]
+            techniques = f" ({' + '.join(chain(row))})" if wide and chain(row) else ""
+            cells = [Text.assemble(row["name"], (techniques, "dim"))]
             cells.append(Text(quality(metric, found["mean"], found["spread"])))
             cells += [Text(figure.cell(row) or "–") for figure in figures]
             style = STATE_STYLES.get(state, "" if finished(row) else "red")
@@ -100,7 +99,7 @@ def replace_file(path: Path, content: str) -> None:
     """Writes under a temporary name beside `path`, syncs, and renames over it."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.resources import files
 from typing import Any
@@ -39,19 +39,19 @@ from burnish.bench.report_verdict import (
 
 Identity = tuple[int, str, int]
 MIB, GIB = 1024.0**2, 1024.0**3
-COLUMNS = {
-    "Trainable": (lambda row: row["trainable_parameters"], count),
-    "Share": (lambda row: row["trainable_share"], share),
-    "Training": (lambda row: row["train_seconds"], duration),
-    "Peak memory": (lambda row: row["peak_memory_bytes"], size),
-    "Artefact": (lambda row: row["artifact_bytes"], size),
-    "Latency": (lambda row: row["latency_ms"]["mean"], millis),
-    "P95": (lambda row: row["latency_ms"]["p95"], millis),
-    "Tokens/s": (lambda row: row["tokens_per_second"], number),
-    "Energy": (
-        lambda row: row["energy_joules"],
-        lambda joules: "–" if joules is None else f"{number(joules)} J",
+COLUMNS: dict[str, tuple[Callable[[Row], float | None], Callable[[Row], str]]] = {
+    "Trainable": (lambda row: row["trainable_parameters"], lambda row: count(row["trainable_parameters"])),
+    "Share": (lambda row: row["trainable_share"], lambda row: share(row["trainable_share"])),
+    "Training": (lambda row: row["train_seconds"], lambda row: duration(row["train_seconds"])),
+    "Memory": (lambda row: row["peak_memory_bytes"], lambda row: size(row["peak_memory_bytes"])),
+    "Artefact": (lambda row: row["artifact_bytes"], lambda row: size(row["artifact_bytes"])),
+    "Latency": (
+        lambda row: row["latency_ms"]["mean"],
+        lambda row: millis(row["latency_ms"]["mean"], row["latency_ms"]["std"]),
     ),
+    "P95": (lambda row: row["latency_ms"]["p95"], lambda row: millis(row["latency_ms"]["p95"])),
+    "Tokens/s": (lambda row: row["tokens_per_second"], lambda row: number(row["tokens_per_second"])),
+    "Joules": (lambda row: row["energy_joules"], lambda row: number(row["energy_joules"])),
 }
 
 
@@ -111,15 +111,13 @@ def described(key: str, value: Any) -> str:
 
 
 def headline(judged: list[Judgement]) -> str:
-    """Who wins where, in one sentence."""
+    """Who wins where, in one sentence, with the base or controls that a winner does not beat."""
     wins: dict[str, list[str]] = {}
     for judgement in judged:
-        wins.setdefault(judgement.winner["name"] if judgement.winner else "", []).append(judgement.task)
-    if not judged:
-        return "Nothing was measured"
-    lost = wins.pop("", [])
-    parts = [f"{name} wins {listed(tasks)}" for name, tasks in wins.items()]
-    return "; ".join(parts + ([f"nothing wins {listed(lost)}"] if lost else []))
+        doubts = [row["name"] for row in judgement.unbeaten]
+        task = f"{judgement.task} (no better than {listed(doubts)})" if doubts else judgement.task
+        wins.setdefault(judgement.winner["name"] if judgement.winner else "nothing", []).append(task)
+    return "; ".join(f"{name} wins {listed(tasks)}" for name, tasks in wins.items()) or "Nothing was measured"
 
 
 def identities(judged: list[Judgement]) -> dict[str, Identity]:
@@ -160,15 +158,15 @@ def section(judgement: Judgement, styles: Mapping[str, Identity], budget: Mappin
             "quality": quality(metric, found["mean"], found["spread"]),
             "mean": found["mean"],
             "strip": Markup(plots.strip(m, found["seeds"], min(values), max(values))) if done else "",
-            "cells": [(figure(row), unit(figure(row))) for figure, unit in columns.values()],
+            "cells": [(figure(row), shown(row)) for figure, shown in columns.values()],
         }
 
     return {
         "name": judgement.task,
         "metric": metric.replace("_", " "),
         "lower": plots.lower_is_better(metric),
-        "lead": judgement.sentences[0],
-        "rest": " ".join(judgement.sentences[1:]),
+        "lead": " ".join(judgement.sentences[: 1 + len(judgement.unbeaten)]),
+        "rest": " ".join(judgement.sentences[1 + len(judgement.unbeaten) :]),
         "figures": figures(judgement, marks, metric, budget),
         "columns": list(columns),
         "rows": [line(row, m) for row, m in zip(rows, marks, strict=True)],

@@ -43,11 +43,12 @@ def size(value: float | None) -> str:
     return f"{number(scaled, 3 if power else 1) if scaled < 1000 else round(scaled)} {unit}"
 
 
-def millis(value: float | None) -> str:
-    """Milliseconds: 14.2 ms, or 1.20 s."""
+def millis(value: float | None, std: float | None = None) -> str:
+    """Milliseconds: 14.2 ± 0.3 ms, or 1.20 s."""
     if value is None:
         return "–"
-    return f"{number(value)} ms" if value < 1000 else f"{number(value / 1000)} s"
+    scale, unit = (1, "ms") if value < 1000 else (1000, "s")
+    return number(value / scale) + ("" if std is None else f" ± {number(std / scale, 1)}") + f" {unit}"
 
 
 def duration(value: float | None) -> str:
@@ -197,16 +198,18 @@ def shorten(words: str, length: int) -> str:
     return words if len(words) <= length else words[: length - 1] + "…"
 
 
-def place_labels(marks: Sequence[tuple[float, float, Mark]], right: float) -> str:
-    """Names beside their points, first come first served: the nearest free spot, farther ones with a leader
-    line, none where the plot is full (hover and table still name the point)."""
+def place_labels(marks: Sequence[tuple[float, float, Mark]], important: int, right: float) -> str:
+    """Names beside their points, in the given order, each in the nearest free spot, with a leader line if that is
+    far. All but the first `important` stay near, and go unnamed where the plot is full (hover and legend name
+    them)."""
     taken = [(px - 6, py - 6, px + 6, py + 6) for px, py, _ in marks]
     parts = []
-    for px, py, mark in marks:
+    for i, (px, py, mark) in enumerate(marks):
         words = shorten(mark.name, 22)
         wide, high = 5.9 * len(words), 11.0
-        for reach in (11 if mark.rank == 0 else 8, 16, 27, 40, 54):
-            spots = [(reach, 0), (-reach, 0), (0, -reach - 2), (0, reach + 2)]
+        reaches = (11 if mark.rank == 0 else 8, 16, 27, 40, 54)
+        for reach in reaches if i < important else reaches[:3] if len(marks) <= 20 else reaches[:1]:
+            spots: list[tuple[float, float]] = [(reach, 0), (-reach, 0), (0, -reach - 2), (0, reach + 2)]
             spots += [(0.8 * reach * sx, 0.8 * reach * sy) for sx in (1, -1) for sy in (-1, 1)]
             for dx, dy in spots:
                 x0 = px + dx - (0 if dx > 0 else wide if dx < 0 else wide / 2)
@@ -267,9 +270,10 @@ def scatter(marks: Sequence[Mark], metric: str, x_title: str, unit: float = 1.0,
         ring = tag("circle", cx=px, cy=py, r=8.5, class_="ring") if mark.rank == 0 else ""
         point = tag("title", escape(mark.hover)) + bar + ring + marker(mark, px, py)
         parts.append(tag("g", point, class_=mark.style, data_key=mark.key))
-    first = sorted(marks, key=lambda m: (m.rank > 1, m not in front, m.rank))
-    parts.append(place_labels([(x(m.x), y(m.y), m) for m in first], right))
-    return svg("".join(parts), f"{metric} against {x_title}: " + "; ".join(m.hover for m in marks))
+    leading = [m for m in marks if m.rank < 2 or m in front]
+    order = sorted(leading, key=lambda m: m.rank) + [m for m in marks if m not in leading]
+    parts.append(place_labels([(x(m.x), y(m.y), m) for m in order], len(leading), right))
+    return svg("".join(parts), f"{metric} against {x_title} of the rows in the table above")
 
 
 def curves(marks: Sequence[Mark]) -> str:
@@ -277,7 +281,7 @@ def curves(marks: Sequence[Mark]) -> str:
     marks = [m for m in marks if len(m.curve) > 1]
     if not marks:
         return ""
-    right, bottom = WIDTH - 114, HEIGHT - BOTTOM
+    right, bottom = WIDTH - 116, HEIGHT - BOTTOM
     x = Axis([s for m in marks for s, _ in m.curve], LEFT, right, tight=True)
     y = Axis([v for m in marks for _, v in m.curve], bottom, TOP, log_above=30)
     parts = [frame(x, y, "step", "training loss" + (" (log)" if y.log else ""), lambda t: f"{t:.10g}", right)]
@@ -302,7 +306,7 @@ def curves(marks: Sequence[Mark]) -> str:
         leader = tag("line", x1=px + 6, y1=py, x2=right + 19, y2=at, class_="leader")
         name = text(right + 21, at + 3.5, shorten(mark.name, 15), "label")
         parts.append(tag("g", leader + name, class_=mark.style, data_key=mark.key))
-    return svg("".join(parts), "training loss over steps of " + ", ".join(m.name for m in marks))
+    return svg("".join(parts), "training loss over steps of the rows in the table above")
 
 
 def strip(mark: Mark, seeds: Sequence[float], low: float, high: float) -> str:

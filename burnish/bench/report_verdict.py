@@ -8,10 +8,9 @@ error, curve: [[step, loss], ...], control}. Any figure may be null. `quality.me
 or a perplexity by its metric's name; `seeds` holds one value per seed and `spread` their standard deviation.
 The base's row is named "base", alone or with more words.
 
-Among the rows of a task that finished, are no control and keep the budget, the best mean leads. Every row
-whose distance from it is within the seeds' noise, 2 sqrt(s1^2 / n1 + s2^2 / n2), ties with it, and the
-cheapest of the tied wins: by peak memory, then mean latency, then artefact bytes, each taken as equal within
-2%.
+A row may win its task when it finished, is no control and keeps the budget. Of two rows one beats the other when its
+mean is better by more than the seeds' noise, 2 sqrt(s1^2 / n1 + s2^2 / n2). The rows that no other beats tie for the
+lead, and the cheapest of them wins: by peak memory, then mean latency, then artefact bytes, each equal within 2%.
 """
 
 import math
@@ -49,7 +48,7 @@ LIMITS = {
 
 
 def finite(value: Any) -> Any:
-    """A copy of a JSON-like value in plain types: NaN and infinities are None, tuples lists, what JSON lacks its text."""
+    """A copy of a JSON-like value in plain types: NaN and infinities None, tuples lists, other objects text."""
     if isinstance(value, Mapping):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -153,28 +152,30 @@ def excess(row: Row, budget: Mapping[str, float | None]) -> str:
 
 
 def cheapest(rows: list[Row]) -> tuple[Row, str]:
-    """The cheapest row, and the words for the cost that told it from the others ("" when none did)."""
-    why = ""
+    """The cheapest row, and the costs in words that told it from the others ("" when none did)."""
+    told_by = []
     for word, unit, cost in COSTS:
         known = [cost(row) for row in rows if cost(row) is not None]
-        if not known or len(rows) == 1:
-            continue
-        keep = [row for row in rows if cost(row) is not None and cost(row) <= min(known) * SAME_COST]
-        rivals = [cost(row) for row in rows if row not in keep and cost(row) is not None]
+        rivals = [value for value in known if value > min(known) * SAME_COST]
+        if known:
+            rows = [row for row in rows if cost(row) is not None and cost(row) not in rivals]
         if rivals:
-            why = f"{unit(min(known))} of {word} against {unit(min(rivals))}" + ("" if len(rivals) == 1 else " or more")
-        rows = keep
-    return rows[0], why
+            told_by.append((word, unit, cost, min(rivals)))
+    winner = rows[0]
+    return winner, "; ".join(
+        f"{word} {unit(cost(winner))} against {unit(rival)}" for word, unit, cost, rival in told_by
+    )
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """One task's outcome: the winner or None, the reasons in words, why rows (by position) break the
-    budget."""
+    """One task's outcome: the winner or None, the base or controls that it does not beat, the reasons in words, and why
+    rows (by position) break the budget."""
 
     task: str
     rows: list[Row]
     winner: Row | None
+    unbeaten: list[Row]
     sentences: list[str]
     over: dict[int, str]
 
@@ -191,75 +192,70 @@ class Judgement:
 
 def judge(task: str, rows: list[Row], budget: Mapping[str, float | None]) -> Judgement:
     """Judges one task's rows as `by_task` gives them."""
+    done = [row for row in rows if finished(row)]
     over = {i: why for i, row in enumerate(rows) if finished(row) and (why := excess(row, budget))}
     field = [row for i, row in enumerate(rows) if finished(row) and not row["control"] and i not in over]
-    said, winner = [], None
-    if not field:
-        done = [row for row in rows if finished(row)]
-        only_controls = "no row but the controls finished" if done else "no row finished"
-        none = only_controls if all(row["control"] for row in done) else "every row is over the budget"
-        said.append(f"Nothing wins: {none}.")
-    else:
-        best = field[0]
-        tied = [row for row in field if not beats(best, row)]
+    winner: Row | None = None
+    unbeaten: list[Row] = []
+    if field:
+        tied = [row for row in field if not any(beats(other, row) for other in field)]
         winner, why = cheapest(tied)
-        said += opening(winner, best, tied, [row for row in field if row not in tied], why)
-        said += references(winner, [row for row in rows if finished(row)])
+        known = [row for row in done if row is not winner and (row["control"] or is_base(row))]
+        unbeaten = [row for row in known if not beats(winner, row)]
+        said = [opening(winner, tied, field, why)]
+        said += [f"It does not beat {told(row)}{margin(winner, row)}." for row in unbeaten]
+        said += support(winner, [row for row in known if row not in unbeaten], field)
         better = [row for i, row in enumerate(rows) if i in over and not row["control"] and beats(row, winner)]
-        if better:
-            said.append(f"Without the budget {told(better[0])} would lead.")
+        said += [f"Without the budget {told(better[0])} would lead."] if better else []
+    elif any(not row["control"] for row in done):
+        said = ["Nothing wins: every row is over the budget."]
+    else:
+        said = [f"Nothing wins: no row {'but the controls ' if done else ''}finished."]
     if over:
         said.append("Over the budget: " + "; ".join(f"{rows[i]['name']} ({why})" for i, why in over.items()) + ".")
-    lost = [row for row in rows if not finished(row)]
+    lost: dict[str, list[str]] = {}
+    for row in rows:
+        if not finished(row):
+            lost.setdefault(failure(row), []).append(row["name"])
     if lost:
-        said.append(f"Not finished: {'; '.join(map(failure, lost))}.")
-    return Judgement(task, rows, winner, said, over)
+        said.append("Not finished: " + "; ".join(f"{listed(names)} {how}" for how, names in lost.items()) + ".")
+    return Judgement(task, rows, winner, unbeaten, said, over)
 
 
-def opening(winner: Row, best: Row, tied: list[Row], behind: list[Row], why: str) -> list[str]:
-    """The sentences that name the winner, by a clear lead or by a tie."""
-    metric, name = winner["quality"]["metric"], winner["name"]
-    words, value = metric.replace("_", " "), told(winner).removeprefix(name).strip(" ()")
-    compared = [row for row in tied if row is not winner] or behind[:1]
+def opening(winner: Row, tied: list[Row], field: list[Row], why: str) -> str:
+    """The sentence that names the winner, by a lead, a tie or want of a rival; `tied` and `field` are best first."""
+    name, metric = winner["name"], winner["quality"]["metric"].replace("_", " ")
+    value = told(winner).removeprefix(name).strip(" ()")
     if len(tied) > 1:
-        more = [f"{len(compared) - 3} more"] if len(compared) > 3 else []
-        others = listed([*map(told, compared[:3]), *more])
-        cheap = (
-            f"it is the {'cheaper' if len(tied) == 2 else 'cheapest'} ({why})" if why else "no cost tells them apart"
-        )
-        said = [f"{name} wins a tie on {words}: its {value} is within the seeds' noise of {others}, and {cheap}."]
-    elif behind:
-        ahead, limit = gap(metric, score(winner) - score(behind[0])), gap(metric, noise(winner, behind[0]))
-        lead = f"{ahead} ahead of {told(behind[0])}; the seeds' noise is {limit}"
-        said = [f"{name} wins with {words} {value}, {lead}."]
-    else:
-        said = [f"{name} wins with {words} {value}, as the only row that may win."]
+        best = told(tied[1]) if winner is tied[0] else f"{told(tied[0])}, the best"
+        cheap = "the cheaper" if len(tied) == 2 else f"the cheapest of {len(tied)} tied rows"
+        reason = f"it is {cheap} ({why})" if why else "no cost tells them apart"
+        return f"{name} wins a tie on {metric}: its {value} is within the seeds' noise of {best}, and {reason}."
+    if len(field) == 1:
+        return f"{name} wins with {metric} {value}, as the only row that may win."
+    rival = next(row for row in field if row is not winner)
+    ahead = gap(winner["quality"]["metric"], score(winner) - score(rival))
+    limit = gap(winner["quality"]["metric"], noise(winner, rival))
+    return f"{name} wins with {metric} {value}, {ahead} ahead of {told(rival)}; the seeds' noise is {limit}."
+
+
+def margin(winner: Row, row: Row) -> str:
+    return ", which is better" if beats(row, winner) else ": the difference is within the noise"
+
+
+def support(winner: Row, under: list[Row], field: list[Row]) -> list[str]:
+    """What the winner beats, what it costs, and how far the noise can be trusted."""
+    said = [f"It beats {listed([told(row) for row in under])}."] if under else []
     costs = [f"{word} {unit(cost(winner))}" for word, unit, cost in COSTS if cost(winner) is not None]
-    if costs:
-        said.append(f"Its costs: {', '.join(costs)}.")
-    if any(len(row["quality"]["seeds"]) < 2 and row["trainable_parameters"] for row in [winner, *compared]):
-        said.append("Some of these rows ran on one seed only, so the noise is underestimated.")
-    return said
-
-
-def references(winner: Row, rows: list[Row]) -> list[str]:
-    """How the winner stands against the base and the controls."""
-    said = ["Nothing that may win beats the base by more than the noise."] if is_base(winner) else []
-    known = [row for row in rows if row is not winner and (row["control"] or is_base(row))]
-    under = [row for row in known if beats(winner, row)]
-    if under:
-        said.append(f"It beats {listed([told(row) for row in under])}.")
-    for row in known:
-        if row not in under:
-            how = "is no more than the noise" if not beats(row, winner) else "is in the other's favour"
-            said.append(f"It does not beat {told(row)}: the difference {how}.")
+    said += [f"Its costs: {', '.join(costs)}."] if costs else []
+    if any(len(row["quality"]["seeds"]) < 2 and row["trainable_parameters"] for row in field):
+        said.append("Some rows ran on one seed only, so the noise is underestimated.")
     return said
 
 
 def failure(row: Row) -> str:
     reason = " ".join(str(row["error"] or "").split())
-    word = FAILURES.get(row["status"], "gave no quality")
-    return f"{row['name']} {word}" + (f" ({shorten(reason, 120)})" if reason else "")
+    return FAILURES.get(row["status"], "gave no quality") + (f" ({shorten(reason, 120)})" if reason else "")
 
 
 def judgements(results: Mapping[str, Any]) -> list[Judgement]:

@@ -146,7 +146,7 @@ def _read_json(path: Path, split: str | None = None) -> list[Row]:
     if isinstance(loaded, dict):
         lists = {name: value for name, value in loaded.items() if isinstance(value, list)}
         name = split or next((name for name in ("train", "data", *lists) if name in lists), None)
-        if name is None:
+        if name is None or (not split and {"messages", "conversations"} & set(loaded)):  # a lone row
             return [loaded]
         if name not in lists:
             raise UserError(f"{path}: no list '{name}'{nearest(name, lists)}; it has {', '.join(loaded)}")
@@ -177,7 +177,7 @@ def _read_csv(path: Path) -> list[Row]:
                     )
                 rows.append(row)
         except csv.Error as error:
-            raise UserError(f"{path}: line {reader.line_num}: not valid CSV: {error}") from error
+            raise UserError(f"{path}: line {reader.reader.line_num}: not valid CSV: {error}") from error
     return rows
 
 

@@ -8,7 +8,7 @@ What a chat model learns is each reply and the token that ends it, nothing else.
 is told by the chat template's `{% generation %}` markers, or, where it has none, by rendering the
 conversation turn by turn: what `messages[:i + 1]` adds to `messages[:i]` with its generation prompt is reply
 i. The whole conversation is then tokenised once, so that the ids are those of
-`tokenizer.apply_chat_template`, and a token is learnt if one of its characters is.
+`tokenizer.apply_chat_template`, and a token is learnt if its last character is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -208,8 +209,8 @@ def _replies_by_prefix(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Me
         end = _reply_end(render, full, messages, i)
         if not full.startswith(before) or end is None or end < len(before):
             raise UserError(
-                f"the chat template renders the first {i + 1} messages differently when more follow,"
-                " so reply and context cannot be told apart;"
+                f"the reply in message {i + 1} cannot be told from its context, as the chat template renders the"
+                " conversation before it differently once it is there;"
                 " mark its replies with {% generation %} ... {% endgeneration %}"
             )
         spans.append((len(before), end))
@@ -221,18 +222,21 @@ def _reply_end(
 ) -> int | None:
     """Where reply i ends in the full text, or None if the template does not tell.
 
-    Some templates (Qwen3's) treat the last reply unlike earlier ones, so that `messages[:i + 1]` is no prefix
-    of the whole; there the text that follows a placeholder in the reply's stead is looked for at the end of
-    the whole.
+    Some templates (Qwen3's, Phi-4's) treat the last reply unlike earlier ones, so that `messages[:i + 1]` is no prefix
+    of the whole. There a placeholder is put in the reply's stead: what follows it must end the whole, and what follows
+    it with and without later messages begins with the end of the turn.
     """
     if i == len(messages) - 1:
         return len(full)
     upto = render(messages[: i + 1])
     if full.startswith(upto):
         return len(upto)
-    swapped = render([*messages[:i], {**messages[i], "content": PLACEHOLDER}, *messages[i + 1 :]])
-    _, found, after = swapped.rpartition(PLACEHOLDER)
-    return len(full) - len(after) if found and full.endswith(after) else None
+    swapped = [*messages[:i], {**messages[i], "content": PLACEHOLDER}]
+    _, found, after = render([*swapped, *messages[i + 1 :]]).rpartition(PLACEHOLDER)
+    if not found or not full.endswith(after):
+        return None
+    _, _, closing = render(swapped).rpartition(PLACEHOLDER)
+    return len(full) - len(after) + len(commonprefix([closing, after]))
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
@@ -241,7 +245,7 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Spa
         learnt[start:end] = b"\1" * (end - start)
     if tokenizer.is_fast:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return encoded["input_ids"], [1 in learnt[a : max(b, a + 1)] for a, b in encoded["offset_mapping"]]
+        return encoded["input_ids"], [learnt[max(a, b - 1)] == 1 for a, b in encoded["offset_mapping"]]
     ids: list[int] = []
     mask: list[bool] = []
     cuts = [0, *(cut for span in spans for cut in span), len(text)]

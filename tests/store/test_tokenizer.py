@@ -167,8 +167,9 @@ def test_marked_and_unmarked_masks_agree_token_by_token(chatml: PreTrainedTokeni
     marked = with_template(
         chatml,
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
-        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
-        "\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}"
+        "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     )
     assert chat_ids(marked, TALK) == chat_ids(chatml, TALK)
 
@@ -177,7 +178,8 @@ def test_end_of_turn_outside_the_markers_is_learnt(chatml: PreTrainedTokenizerFa
     outside = with_template(
         chatml,
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
-        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}",
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+        "<|im_end|>\n{% endfor %}",
     )
     assert chat_ids(outside, TALK) == chat_ids(chatml, TALK)
 
@@ -192,13 +194,24 @@ def test_template_without_an_end_of_turn_gets_the_end_token(tokenizer: PreTraine
     assert learnt(bare, TALK[:3]) == ["assistant: the fox \n<|end|>"]
 
 
+def test_template_that_closes_the_whole_conversation_too(chatml: PreTrainedTokenizerFast) -> None:
+    closing = with_template(
+        chatml,  # as Phi-4-mini's: an end token follows the last end of turn
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}",
+    )
+    closing.eos_token = "<|endoftext|>"
+    assert learnt(closing, TALK) == ["the fox <|im_end|>", "größer 🦊!<|im_end|><|endoftext|>"]
+    assert learnt(closing, TALK[:4]) == ["the fox <|im_end|>"]
+
+
 def test_a_conversation_that_ends_with_the_user_learns_earlier_replies(chatml: PreTrainedTokenizerFast) -> None:
     assert learnt(chatml, TALK[:4]) == ["the fox <|im_end|>"]
 
 
 def test_template_that_rewrites_history_is_refused(chatml: PreTrainedTokenizerFast) -> None:
     counting = with_template(chatml, "{{ messages | length }}" + CHATML)
-    with pytest.raises(UserError, match="first 3 messages differently.*generation"):
+    with pytest.raises(UserError, match="reply in message 3 .*generation"):
         chat_ids(counting, TALK)
 
 
@@ -211,7 +224,10 @@ def test_template_errors_and_absence(tokenizer: PreTrainedTokenizerFast) -> None
 
 def test_slow_tokenizer_masks_by_segment() -> None:
     slow = ByT5Tokenizer()
-    slow.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    slow.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
     ids, mask = chat_ids(slow, TALK[1:3])
     assert ids == slow("user:hello</s>assistant:the fox </s>", add_special_tokens=False)["input_ids"]
-    assert [i for i, keep in zip(ids, mask, strict=True) if keep] == slow("the fox ")["input_ids"]
+    assert [i for i, keep in zip(ids, mask, strict=True) if keep] == slow("the fox")["input_ids"]

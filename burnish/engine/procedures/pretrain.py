@@ -1,0 +1,104 @@
+"""`burnish pretrain`: a new model from nothing, tokenizer included."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from burnish import chain
+from burnish.config import UserError, from_mapping
+from burnish.engine.progress import Terminal
+from burnish.engine.settings import TrainConfig
+from burnish.engine.train import train
+from burnish.model.bundle import Model
+from burnish.model.families import read_spec
+from burnish.model.transformer import Transformer
+from burnish.store.checkpoint import save
+from burnish.store.data import encode_rows
+from burnish.store.rows import read_rows
+from burnish.store.tokenizer import train_tokenizer
+
+TOKENIZER_ROWS = 40_000
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
+    """A training run, and the model that it starts: `model` is the new model's config.json as a mapping."""
+
+    positional: ClassVar[str] = "data"
+    data: str = field(default="world", metadata={"help": "a file or hub id of text, or 'world', the embedded corpus"})
+    model: dict[str, Any] = field(default_factory=dict, metadata={"help": "the new model's config.json"})
+    documents: int = field(default=0, metadata={"help": "documents taken from the data; 0: all (needed for 'world')"})
+    packing: bool = field(default=True, metadata={"help": "several documents in one row; they do not see each other"})
+    bf16: bool = field(default=True, metadata={"help": "compute in bfloat16 over float32 parameters"})
+
+
+def rows_of(config: PretrainConfig) -> list[dict[str, Any]]:
+    """The rows to train on. Raises UserError for an endless corpus without a number of documents."""
+    if config.data != "world":
+        rows: Iterable[dict[str, Any]] = read_rows(config.data)
+    else:
+        from burnish.world import documents
+
+        if config.documents < 1:
+            raise UserError("documents: the embedded corpus is endless; say how many documents to take")
+        rows = documents(config.seed)
+    return list(itertools.islice(rows, config.documents or None))
+
+
+def new_model(hf_config: dict[str, Any], rows: list[dict[str, Any]], seed: int) -> Model:
+    """A random network of the given config with a tokenizer trained on the rows."""
+    if "vocab_size" not in hf_config:
+        raise UserError("model: vocab_size is missing; it sizes the tokenizer and the embedding")
+    import torch
+
+    texts = (text for row in itertools.islice(rows, TOKENIZER_ROWS) for text in texts_of(row))
+    tokenizer = train_tokenizer(texts, int(hf_config["vocab_size"]))
+    config = {**hf_config, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config |= {"bos_token_id": tokenizer.bos_token_id}
+    spec = read_spec(config)
+    if len(tokenizer) > spec.vocab_size:
+        raise UserError(f"model: vocab_size {spec.vocab_size} is less than the tokenizer's {len(tokenizer)} tokens")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Model(Transformer(spec).initialize(), tokenizer, config)
+
+
+def texts_of(row: dict[str, Any]) -> list[str]:
+    """Every text of a row, chat turns included."""
+    found = []
+    for value in row.values():
+        if isinstance(value, str):
+            found.append(value)
+        elif isinstance(value, list):
+            found += [turn["content"] for turn in value if isinstance(turn, dict) and "content" in turn]
+    return found
+
+
+def run(config: PretrainConfig) -> int:
+    """Train, and save the model in bfloat16 in Hugging Face's format into `output_dir`."""
+    import torch
+
+    if config.output_dir is None:
+        raise UserError("output_dir: pretraining needs a folder for its checkpoints and the model")
+    rows = rows_of(config)
+    model = new_model(config.model, rows, config.seed)
+    kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}  # a corpus may mix texts and conversations
+    for row in rows:
+        kinds.setdefault(tuple(row), []).append(row)
+    examples = [
+        example
+        for kind in kinds.values()
+        for example in encode_rows(kind, model.tokenizer, config.max_length, train_on="all", where=config.data)
+    ]
+    chain.apply(model, ["full"])
+    options = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
+    result = train(model, examples, from_mapping(TrainConfig, options, "pretrain"), progress=Terminal())
+    model.net.to(torch.bfloat16)
+    model.chain.clear()  # a pretrained model is a base: nothing was applied to it
+    save(model, Path(config.output_dir))
+    print(f"{result.steps} steps, {result.tokens} tokens, {result.seconds:.0f} s; saved to {config.output_dir}")
+    return 0

@@ -1,0 +1,126 @@
+"""`burnish generate` and `burnish chat`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from burnish.chain import Model
+from burnish.config import UserError, to_mapping
+from burnish.device import parse_dtype, pick_device
+from burnish.engine.generate import Generation, GenerationConfig, Prompt, chat_prompt, generate, stream
+from burnish.store.checkpoint import load
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, in which precision, and where."""
+
+    positional: ClassVar[str] = "model"
+    model: str = field(default="pebble", metadata={"help": "folder, hub id, or pebble, the embedded model"})
+    dtype: str | None = field(default=None, metadata={"help": "bf16, fp16 or fp32; none: as stored"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
+
+    def load(self) -> Model:
+        return load(self.model, parse_dtype(self.dtype), pick_device(self.device))
+
+
+@dataclass(frozen=True)
+class GenerateConfig(GenerationConfig, ModelConfig):
+    prompt: str | None = field(default=None, metadata={"help": "text to continue; none: read from standard input"})
+    prompt_file: Path | None = field(default=None, metadata={"help": "file with one prompt a line"})
+    chat: bool = field(default=False, metadata={"help": "put the prompt in the chat template, as the user's turn"})
+    json: bool = field(default=False, metadata={"help": "print a JSON object a line and prompt"})
+
+
+@dataclass(frozen=True)
+class ChatConfig(GenerationConfig, ModelConfig):
+    max_new_tokens: int = field(default=256, metadata={"help": "most tokens of a reply"})
+    system: str | None = field(default=None, metadata={"help": "system message that opens the conversation"})
+
+
+def run(config: GenerateConfig) -> int:
+    """`burnish generate`: prints what continues the prompt, as it comes; with several, each under its prompt; 0.
+
+    Raises UserError where there is no prompt, and as `load` and `stream` do.
+    """
+    texts = _texts(config)
+    model = config.load()
+    prompts: list[Prompt] = [[{"role": "user", "content": text}] if config.chat else text for text in texts]
+    if len(prompts) == 1 and not config.json:
+        _show(piece.text for piece in stream(model, prompts, config))
+        return 0
+    for text, done in zip(texts, generate(model, prompts, config), strict=True):
+        if config.json:
+            print(json.dumps({"prompt": text, **to_mapping(done)}, ensure_ascii=False))
+        else:
+            print(f"> {text}\n{done.text}\n")
+    return 0
+
+
+def run_chat(config: ChatConfig) -> int:
+    """`burnish chat`: a conversation in the terminal, until /exit or the end of the input; 0.
+
+    /reset forgets the conversation, Ctrl-C ends a reply. Raises UserError as `load` does, and for a model without a
+    chat template.
+    """
+    model = config.load()
+    opening = [{"role": "system", "content": config.system}] if config.system is not None else []
+    messages: list[dict[str, Any]] = list(opening)
+    chat_prompt(model.tokenizer, [*opening, {"role": "user", "content": ""}])
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  line editing for input()
+
+        print("/reset starts anew, /exit or Ctrl-D ends")
+    while True:
+        try:
+            asked = input("> ").strip()
+        except EOFError:
+            print()
+            return 0
+        if asked == "/exit":
+            return 0
+        if asked == "/reset":
+            messages = list(opening)
+        elif asked:
+            turn = {"role": "user", "content": asked}
+            reply = _reply(model, [*messages, turn], config)
+            if reply is not None:
+                messages += [turn, {"role": "assistant", "content": reply}]
+
+
+def _texts(config: GenerateConfig) -> list[str]:
+    """The prompts that were given: by flag, file or standard input."""
+    if config.prompt is not None and config.prompt_file is not None:
+        raise UserError("prompt and prompt_file are both given; remove one")
+    if config.prompt is not None:
+        return [config.prompt]
+    if config.prompt_file is not None:
+        try:
+            lines = config.prompt_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"prompt_file: {config.prompt_file} cannot be read: {reason}") from None
+        found = [line for line in lines if line.strip()]
+        if not found:
+            raise UserError(f"prompt_file: {config.prompt_file} has no line with text")
+        return found
+    if sys.stdin.isatty():
+        raise UserError("no prompt: give --prompt 'text' or --prompt_file, or pipe the text in")
+    return [sys.stdin.read().removesuffix("\n")]
+
+
+def _show(texts: Iterator[str]) -> str:
+    """Prints texts as they come, then ends the line; all of it."""
+    shown = []
+    try:
+        for text in texts:
+            shown.append(text)
+            print(text, end="", flush=True)
+    finally:
+        print()
+    return "".join(shown)
