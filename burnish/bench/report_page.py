@@ -67,28 +67,24 @@ def page(results: Mapping[str, Any]) -> str:
     if isinstance(recipe, dict | list):
         recipe = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     limits = [(word, unit(budget[key])) for key, (word, unit, _) in LIMITS.items() if budget.get(key) is not None]
-    layout = files("burnish.bench").joinpath("report.html.j2").read_text("utf-8")
-    return (
-        jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        .from_string(layout)
-        .render(
-            headline=headline(judged),
-            facts=[machine[key] for key in ("cpu", "device") if machine.get(key)],
-            date=results.get("date"),
-            limits=[f"{word} at most {limit}" for word, limit in limits],
-            tasks=[section(judgement, styles, budget) for judgement in judged],
-            notes=results.get("notes") or [],
-            recipe=recipe,
-            command="\n".join(command) if isinstance(command, list) else command,
-            environment=[(label(key), described(key, value)) for key, value in machine.items()],
-            json=Markup(embedded(results)),
-        )
+    layout = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = layout.from_string(files("burnish.bench").joinpath("report.html.j2").read_text("utf-8"))
+    return template.render(
+        headline=headline(judged),
+        facts=[machine[key] for key in ("cpu", "device") if machine.get(key)],
+        date=results.get("date"),
+        limits=[f"{word} at most {limit}" for word, limit in limits],
+        tasks=[section(judgement, styles, budget) for judgement in judged],
+        notes=results.get("notes") or [],
+        recipe=recipe,
+        command="\n".join(command) if isinstance(command, list) else command,
+        environment=[(label(key), described(key, value)) for key, value in machine.items()],
+        json=Markup(embedded(results)),
     )
 
 
 def embedded(results: Any) -> str:
-    """JSON that no HTML parser can leave: <, > and & are written as escapes, which JSON reads back as
-    themselves."""
+    """JSON that cannot end its script element: <, > and & are written as JSON's own escapes."""
     text = json.dumps(results, allow_nan=False, ensure_ascii=True)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

@@ -28,9 +28,10 @@ def number(value: float | None, digits: int = 3) -> str:
     """`value` to `digits` significant digits without an exponent for everyday sizes; an en dash for None."""
     if value is None:
         return "–"
-    if value == 0 or 1e-4 <= abs(value) < 1e7:
-        places = digits if value == 0 else digits - 1 - math.floor(math.log10(abs(value)))
-        return f"{value:,.{max(places, 0) if value else 0}f}"
+    if value == 0:
+        return "0"
+    if 1e-4 <= abs(value) < 1e7:
+        return f"{value:,.{max(digits - 1 - math.floor(math.log10(abs(value))), 0)}f}"
     return f"{value:.{digits - 1}e}"
 
 

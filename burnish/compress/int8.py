@@ -9,7 +9,8 @@ elsewhere the matrix is expanded for the product.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ class Config:
     """`target_modules` as for LoRA; the head and the embeddings stay."""
 
     target_modules: list[str] | str = "all-linear"
+
+    def without(self, paths: Sequence[str]) -> Config:
+        """Where the projections at `paths` are no longer stored this way."""
+        return replace(self, target_modules=[path for path in self.target_modules if path not in paths])
 
 
 class Int8(Weight):
@@ -51,7 +56,7 @@ class Int8(Weight):
         return cls(torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows))
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        packed = x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) <= 32
+        packed = x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) <= 32 and self.shape[1] % 16 == 0
         if not packed or (torch.is_grad_enabled() and x.requires_grad):
             return super().matmul(x, bias)
         out = torch._weight_int8pack_mm(x.contiguous(), self.values, self.scale.to(x.dtype))

@@ -10,6 +10,7 @@ high nibble.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -51,6 +52,10 @@ class Config:
     target_modules: list[str] | str = "all-linear"
     double_quant: bool = True
 
+    def without(self, paths: Sequence[str]) -> Config:
+        """Where the projections at `paths` are no longer stored this way."""
+        return replace(self, target_modules=[path for path in self.target_modules if path not in paths])
+
 
 @cache
 def dynamic_map() -> Tensor:
@@ -66,6 +71,11 @@ def dynamic_map() -> Tensor:
 def nearest_code(x: Tensor, code: Tensor) -> Tensor:
     """Index of the nearest level of an ascending code for every element of x."""
     return torch.bucketize(x, (code[1:] + code[:-1]) / 2)
+
+
+def normalise(groups: Tensor, absmax: Tensor) -> Tensor:
+    """groups (n, size) over their absolute maxima (n,); by the reciprocal, as the CUDA kernels round it."""
+    return groups * (1 / absmax.clamp(min=1e-38))[:, None]
 
 
 def blocks(x: Tensor, size: int) -> Tensor:
@@ -89,16 +99,14 @@ class NF4(Weight):
         """dense (out, in), any floating dtype."""
         rows = blocks(dense.detach().float(), BLOCK)
         absmax = rows.abs().amax(dim=1)
-        codes = nearest_code(
-            rows / absmax.clamp(min=1e-30)[:, None], torch.tensor(LEVELS, device=dense.device)
-        )
-        codes = blocks(codes.to(torch.uint8).view(-1)[: dense.numel()], 2)
+        codes = nearest_code(normalise(rows, absmax), torch.tensor(LEVELS, device=dense.device))
+        codes = codes.to(torch.uint8).view(-1, 2)[: -(-dense.numel() // 2)]
         tensors = {"packed": codes[:, 0] << 4 | codes[:, 1], "absmax": absmax}
         if double_quant:
             offset = absmax.mean()
             groups = blocks(absmax - offset, CONSTANT_BLOCK)
             absmax2 = groups.abs().amax(dim=1)
-            code = nearest_code(groups / absmax2.clamp(min=1e-30)[:, None], dynamic_map().to(dense.device))
+            code = nearest_code(normalise(groups, absmax2), dynamic_map().to(dense.device))
             tensors |= {
                 "absmax": code.to(torch.uint8).view(-1)[: len(absmax)],
                 "absmax2": absmax2,

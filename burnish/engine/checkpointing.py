@@ -5,7 +5,8 @@ persistent buffers), `optimizer.safetensors` (AdamW's moments, `<parameter>.exp_
 `best.safetensors` (trainable parameters at the lowest evaluation loss, where the run keeps them) and
 `state.json` (counters, position in the data, random state, losses, and the fingerprint of the run). It is
 written under a hidden name, synced, and then renamed: a folder with the final name is complete unless the
-disk itself lost data, and `latest` checks that too.
+disk itself lost data, and `latest` checks that too. Resumed losses equal an uninterrupted run's bit for bit
+where the device computes the same twice: on a CPU, at the same number of threads.
 """
 
 from __future__ import annotations
@@ -75,9 +76,7 @@ def changing_tensors(net: nn.Module) -> dict[str, Tensor]:
     return changing | {name: buffer for name, buffer in net.named_buffers() if name in persistent}
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """`<parameter>.<moment>` -> tensor, for the parameters that have had a gradient."""
     return {
         f"{name}.{moment}": optimizer.state[parameter][moment]
@@ -123,9 +122,7 @@ def random_state(device: torch.device) -> dict[str, str]:
 
 def set_random_state(states: Mapping[str, str], device: torch.device) -> None:
     """The inverse of `random_state`."""
-    decoded = {
-        name: torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8) for name, text in states.items()
-    }
+    decoded = {name: torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8) for name, text in states.items()}
     torch.set_rng_state(decoded["cpu"])
     if device.type == "cuda" and "cuda" in decoded:
         torch.cuda.set_rng_state(decoded["cuda"], device)
@@ -137,9 +134,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
-def save(
-    folder: Path, state: Mapping[str, Any], files: Mapping[str, Mapping[str, Tensor]], keep: int | None
-) -> Path:
+def save(folder: Path, state: Mapping[str, Any], files: Mapping[str, Mapping[str, Tensor]], keep: int | None) -> Path:
     """Write `folder/checkpoint-<state["step"]>`, then delete all but the newest `keep`; returns its path.
 
     Raises OSError or SafetensorError if it cannot be written; older checkpoints are then as they were.
@@ -207,7 +202,8 @@ def start(folder: Path, run: Mapping[str, Any], overwrite: bool) -> tuple[Path, 
         differs = difference(found[1]["run"], run)
         if differs:
             raise UserError(
-                f"output_dir: {folder} holds another run: {differs}; choose another output_dir, or --overwrite to start anew"
+                f"output_dir: {folder} holds another run: {differs}; choose another output_dir, "
+                "or --overwrite to start anew"
             )
     return found
 
@@ -244,9 +240,7 @@ def interrupts(active: bool) -> Iterator[Callable[[], bool]]:
         restore()
         log.warning("finishing this step, then saving a checkpoint; once more to stop at once")
 
-    previous = {
-        number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
     for number in previous:
         signal.signal(number, ask)
     try:

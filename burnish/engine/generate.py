@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -91,10 +91,10 @@ class Generation:
 
 
 class Piece(NamedTuple):
-    """One new token of prompt number `index`, and the text that is certain since: "" while it may yet turn out to
-    belong to a stop text or to a character that is not complete. `done` comes with a reply's last token."""
+    """One new token of prompt number `row`, counted from 0, and the text that is certain since: "" while it may turn
+    out to belong to a stop text or to a character that is not complete. `done` comes with a reply's last token."""
 
-    index: int
+    row: int
     token: int
     text: str
     done: Generation | None
@@ -104,13 +104,11 @@ def generate(
     model: Model, prompts: Sequence[Prompt], config: GenerationConfig = GenerationConfig()
 ) -> list[Generation]:
     """The continuations of the prompts, in their order. Arguments and errors as `stream`'s."""
-    done = {piece.index: piece.done for piece in stream(model, prompts, config) if piece.done}
-    return [done[index] for index in range(len(prompts))]
+    done = {piece.row: piece.done for piece in stream(model, prompts, config) if piece.done}
+    return [done[row] for row in range(len(prompts))]
 
 
-def stream(
-    model: Model, prompts: Sequence[Prompt], config: GenerationConfig = GenerationConfig()
-) -> Iterator[Piece]:
+def stream(model: Model, prompts: Sequence[Prompt], config: GenerationConfig = GenerationConfig()) -> Iterator[Piece]:
     """Every token as it comes, `config.batch_size` prompts at a time, those of like length together.
 
     A prompt is a text, a list of messages for the chat template, or an `Example`, of which the part before its
@@ -137,8 +135,8 @@ def stream(
         rows.append(row)
     rows.sort(key=lambda row: len(row.example.ids))
     groups = [rows[start : start + config.batch_size] for start in range(0, len(rows), config.batch_size)]
-    for group in groups:
-        _check_positions(model, group, config)
+    if rows and spec.positions == "learned":
+        _check_positions(model, rows[-1], config)
     return _run(model, groups, config, ends)
 
 
@@ -181,13 +179,14 @@ def _example(model: Model, prompt: Prompt) -> Example:
     """The prompt's tokens, nothing of which is a target."""
     if isinstance(prompt, str):
         given = encode_prompt(model.tokenizer, prompt)
-    elif isinstance(prompt, Sequence):
-        given = chat_prompt(model.tokenizer, prompt)
-    else:
+    elif isinstance(prompt, Example):
         given = prompt
-    size = next((i for i, label in enumerate(given.labels) if label != IGNORE), len(given.labels))
+    else:
+        given = chat_prompt(model.tokenizer, prompt)
+    size = given.prompt_length
     slots = given.slots and given.slots[:size]
-    return Example(given.ids[:size], [IGNORE] * size, given.fields, slots, virtual_tokens=given.virtual_tokens)
+    types = given.token_types and given.token_types[:size]
+    return replace(given, ids=given.ids[:size], labels=given.labels[:size], slots=slots, token_types=types, label=None)
 
 
 class Detokenizer:
@@ -222,8 +221,9 @@ class Detokenizer:
         return self._until_stop(new)
 
     def flush(self) -> str:
-        """What was held back, when no token follows."""
-        text = self._until_stop(self._decode(self.window)[len(self.before) :]) + self.held
+        """What was held back, when no token follows; a character that was cut off is left away."""
+        rest = self._decode(self.window)[len(self.before) :].rstrip(BROKEN)
+        text = self._until_stop(rest) + self.held
         self.held = ""
         return text
 
@@ -288,16 +288,12 @@ def _batch(model: Model, rows: Sequence[_Row]) -> tuple[dict[str, Tensor], int]:
 
 
 @torch.inference_mode()
-def _check_positions(model: Model, rows: Sequence[_Row], config: GenerationConfig) -> None:
-    if model.spec.positions != "learned":
-        return
-    longest = max(rows, key=lambda row: len(row.example.ids))
-    needed = _batch(model, [longest])[1] + len(longest.example.ids) + config.max_new_tokens
-    if needed > model.spec.max_positions:
+def _check_positions(model: Model, longest: _Row, config: GenerationConfig) -> None:
+    prompt, room = _batch(model, [longest])[1] + len(longest.example.ids), model.spec.max_positions
+    if prompt + config.max_new_tokens > room:
         raise UserError(
-            f"prompt {longest.index + 1}: {needed - config.max_new_tokens} tokens and max_new_tokens="
-            f"{config.max_new_tokens} exceed the model's {model.spec.max_positions} positions;"
-            " shorten the prompt or lower max_new_tokens"
+            f"prompt {longest.index + 1}: {prompt} tokens and max_new_tokens={config.max_new_tokens} exceed the"
+            f" model's {room} positions; shorten the prompt or lower max_new_tokens"
         )
 
 
@@ -314,7 +310,9 @@ def _run(
         model.net.train(training)
 
 
-def _advance(model: Model, rows: list[_Row], config: GenerationConfig, ends: Mapping[int, FinishReason]) -> Iterator[Piece]:
+def _advance(
+    model: Model, rows: list[_Row], config: GenerationConfig, ends: Mapping[int, FinishReason]
+) -> Iterator[Piece]:
     """Prefill, then one token a row and step until every row is done."""
     net = model.net
     batch, prefix = _batch(model, rows)
@@ -331,7 +329,11 @@ def _advance(model: Model, rows: list[_Row], config: GenerationConfig, ends: Map
             logits = sampling.repetition_penalty(logits, seen, config.repetition_penalty)
         if step < config.min_new_tokens:
             logits[:, [token for token, reason in ends.items() if reason == "eos"]] = sampling.NEVER
-        tokens = _choose(logits, rows, config)
+        if config.do_sample:
+            logits = sampling.warp(logits, config.temperature, config.top_k, config.top_p)
+            tokens = sampling.sample(logits, [row.draws() for row in rows])
+        else:
+            tokens = logits.argmax(dim=-1)
         yield from [row.push(token, ends) for row, token in zip(rows, tokens.tolist(), strict=True) if not row.done]
         active = [i for i, row in enumerate(rows) if not row.done]
         if not active:
@@ -344,15 +346,3 @@ def _advance(model: Model, rows: list[_Row], config: GenerationConfig, ends: Map
             cache.select(kept)
             seen = None if seen is None else seen[kept]
         batch = {"input_ids": tokens[:, None]}
-
-
-def _choose(logits: Tensor, rows: Sequence[_Row], config: GenerationConfig) -> Tensor:
-    """logits (B, V) -> tokens (B,)."""
-    if not config.do_sample:
-        return logits.argmax(dim=-1)
-    logits = sampling.temperature(logits, config.temperature)
-    if config.top_k:
-        logits = sampling.top_k(logits, config.top_k)
-    if config.top_p < 1:
-        logits = sampling.top_p(logits, config.top_p)
-    return sampling.sample(logits, [row.draws() for row in rows])

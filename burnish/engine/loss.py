@@ -51,9 +51,7 @@ def _head_loss(net: Transformer, hidden: Tensor, labels: Tensor) -> tuple[Tensor
         return F.cross_entropy(net.logits(x).float(), y, reduction="sum")
 
     parts = zip(hidden.split(ROWS_PER_CHUNK), labels.split(ROWS_PER_CHUNK), strict=True)
-    return sum((checkpoint(part, x, y, use_reentrant=False) for x, y in parts), hidden.new_zeros(())), len(
-        labels
-    )
+    return sum((checkpoint(part, x, y, use_reentrant=False) for x, y in parts), hidden.new_zeros(())), len(labels)
 
 
 @torch.no_grad()

@@ -23,9 +23,7 @@ def parameter_groups(
     """Groups for the optimiser: the techniques' `own`, then every other parameter at `lr`, 1-D ones (norms,
     biases) undecayed.
     """
-    groups = [
-        {"lr": lr, "weight_decay": weight_decay, **group, "params": list(group["params"])} for group in own
-    ]
+    groups = [{"lr": lr, "weight_decay": weight_decay, **group, "params": list(group["params"])} for group in own]
     taken = {id(parameter) for group in groups for parameter in group["params"]}
     rest = [parameter for parameter in parameters if id(parameter) not in taken]
     groups.append({"params": [p for p in rest if p.ndim > 1], "lr": lr, "weight_decay": weight_decay})

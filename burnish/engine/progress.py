@@ -13,9 +13,7 @@ from burnish.config import UserError
 class Progress(Protocol):
     """Called after every step; `eta` is the time left in seconds, `loss` the mean per target of the step."""
 
-    def __call__(
-        self, step: int, total: int, loss: float, lr: float, tokens_per_second: float, eta: float
-    ) -> None: ...
+    def __call__(self, step: int, total: int, loss: float, lr: float, tokens_per_second: float, eta: float) -> None: ...
 
 
 class Terminal:
@@ -29,9 +27,7 @@ class Terminal:
         self.seconds = 0.1 if self.renews else seconds
         self.shown = float("-inf")
 
-    def __call__(
-        self, step: int, total: int, loss: float, lr: float, tokens_per_second: float, eta: float
-    ) -> None:
+    def __call__(self, step: int, total: int, loss: float, lr: float, tokens_per_second: float, eta: float) -> None:
         now = time.monotonic()
         if now - self.shown < self.seconds and step < total:
             return

@@ -50,6 +50,13 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(cut.scatter(1, index, cut), NEVER)
 
 
+def warp(logits: Tensor, heat: float = 1.0, k: int = 0, p: float = 1.0) -> Tensor:
+    """logits (B, V) after temperature `heat`, top-k (0: all) and top-p (1: all), in this order."""
+    logits = logits if heat == 1 else temperature(logits, heat)
+    logits = top_k(logits, k) if k else logits
+    return top_p(logits, p) if p < 1 else logits
+
+
 def sample(logits: Tensor, draws: Sequence[float]) -> Tensor:
     """Tokens (B,) drawn from softmax(logits (B, V)): the inverse of the cumulative distribution at draws in [0, 1)."""
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)

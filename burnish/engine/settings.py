@@ -42,9 +42,7 @@ class TrainConfig:
     max_length: int = _field(1024, "tokens per row when packing")
     packing: bool = _field(False, "put several examples in one row; they do not see each other")
     bf16: bool = _field(False, "compute in bfloat16 over the parameters as they are stored")
-    gradient_checkpointing: bool = _field(
-        False, "recompute activations in the backward pass: less memory, slower"
-    )
+    gradient_checkpointing: bool = _field(False, "recompute activations in the backward pass: less memory, slower")
     compile: bool = _field(False, "compile the layers with torch.compile")
     eval_steps: int = _field(0, "steps between evaluations; 0: only at the end")
     early_stopping_patience: int = _field(0, "stop after so many evaluations without improvement; 0: never")
@@ -59,18 +57,22 @@ class TrainConfig:
 def check(
     model: Model, examples: Sequence[Example], config: TrainConfig, eval_examples: Sequence[Example] | None
 ) -> None:
+    """Raise UserError for what cannot train; warn of what trains badly."""
     trainable = model.trainable()
     if not trainable:
-        raise UserError(
-            "techniques: no parameter trains; put one that trains in the chain, such as lora or full"
-        )
+        raise UserError("techniques: no parameter trains; put one that trains in the chain, such as lora or full")
     if not examples:
         raise UserError("training data: there is no example")
+    classes = model.spec.num_labels if model.spec.head == "classification" else 0
+    for index, example in enumerate(examples):
+        if example.label is None and classes:
+            raise UserError(f"training data: example {index + 1} has no class, and the model classifies")
+        if example.label is not None and not 0 <= example.label < classes:
+            knows = f"classes 0 to {classes - 1}" if classes else "no classes: it predicts tokens"
+            raise UserError(f"training data: example {index + 1} has class {example.label}, the model {knows}")
     empty = sum(not _has_target(example) for example in examples)
     if empty == len(examples):
-        raise UserError(
-            "training data: every label of every example is masked (-100), so nothing can be learnt"
-        )
+        raise UserError("training data: every label of every example is masked (-100), so nothing can be learnt")
     if empty:
         log.warning(
             "%d of %d training examples have no target: all their labels are masked (-100)",
@@ -83,17 +85,9 @@ def check(
     if config.max_steps <= 0 and config.num_train_epochs <= 0:
         raise UserError("num_train_epochs: must be above 0, or set max_steps")
     if not eval_examples and (config.early_stopping_patience or config.load_best_model_at_end):
-        raise UserError(
-            "early_stopping_patience, load_best_model_at_end: there is no evaluation data to judge by"
-        )
+        raise UserError("early_stopping_patience, load_best_model_at_end: there is no evaluation data to judge by")
     if config.report_to != "none" and config.output_dir is None:
         raise UserError("report_to: tensorboard writes below output_dir; set output_dir")
-    narrow = {str(p.dtype).removeprefix("torch.") for p in trainable.values()} & {"bfloat16", "float16"}
-    if narrow:
-        log.warning(
-            "parameters are trained in %s, where small updates round away; load them in float32 and set bf16: true",
-            narrow.pop(),
-        )
 
 
 def _has_target(example: Example) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from burnish.chain import Model
 from burnish.config import UserError, to_mapping
 from burnish.device import parse_dtype, pick_device
-from burnish.engine.generate import Generation, GenerationConfig, Prompt, chat_prompt, generate, stream
+from burnish.engine.generate import GenerationConfig, Prompt, chat_prompt, generate, stream
 from burnish.store.checkpoint import load
 
 
@@ -52,7 +52,9 @@ def run(config: GenerateConfig) -> int:
     model = config.load()
     prompts: list[Prompt] = [[{"role": "user", "content": text}] if config.chat else text for text in texts]
     if len(prompts) == 1 and not config.json:
-        _show(piece.text for piece in stream(model, prompts, config))
+        for piece in stream(model, prompts, config):
+            print(piece.text, end="", flush=True)
+        print()
         return 0
     for text, done in zip(texts, generate(model, prompts, config), strict=True):
         if config.json:
@@ -114,13 +116,17 @@ def _texts(config: GenerateConfig) -> list[str]:
     return [sys.stdin.read().removesuffix("\n")]
 
 
-def _show(texts: Iterator[str]) -> str:
-    """Prints texts as they come, then ends the line; all of it."""
-    shown = []
+def _reply(model: Model, messages: Sequence[dict[str, Any]], config: ChatConfig) -> str | None:
+    """Prints the reply as it comes; what was shown of it, None where there can be none."""
+    shown: list[str] = []
     try:
-        for text in texts:
-            shown.append(text)
-            print(text, end="", flush=True)
-    finally:
-        print()
+        for piece in stream(model, [messages], config):
+            shown.append(piece.text)
+            print(piece.text, end="", flush=True)
+    except UserError as error:
+        print(f"{error}; /reset starts anew", file=sys.stderr)
+        return None
+    except KeyboardInterrupt:
+        pass
+    print()
     return "".join(shown)

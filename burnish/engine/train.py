@@ -39,10 +39,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did. Losses are means per target, each with its step: of a logging window, or of an
-    evaluation.
+    """What a run did, since its first start. Losses are (step, mean per target) of a logging window or evaluation.
 
-    `tokens` counts real ones, padding and repeats of a token in later epochs aside and included;
+    `seconds` is the time of the steps, without evaluation and checkpoints; `tokens` leaves out padding;
     `peak_memory` is in bytes.
     """
 
@@ -70,12 +69,10 @@ def train(
     check(model, examples, config, eval_examples)
     device.seed_everything(config.seed)
     device.reset_peak_memory(model.device)
-    run = _Run(model, examples, config, eval_examples, progress)
-    with (
-        _training_mode(model, config),
-        checkpointing.interrupts(config.output_dir is not None) as interrupted,
-    ):
-        run.loop(interrupted)
+    with _masters(model), _training_mode(model, config):
+        run = _Run(model, examples, config, eval_examples, progress)
+        with checkpointing.interrupts(config.output_dir is not None) as interrupted:
+            run.loop(interrupted)
     done = run.done
     return TrainResult(
         done.step, done.losses, done.eval_losses, done.seconds, done.tokens, device.peak_memory(model.device)
@@ -100,9 +97,7 @@ class _Run:
         self.eval_examples = encode(model, eval_examples or [])
         self.parameters = model.trainable()
         steps_per_epoch = len(self.order.epoch(0))
-        self.total = (
-            config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
-        )
+        self.total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
         self.warmup = config.warmup_steps or math.ceil(config.warmup_ratio * self.total)
         losses = chain.hooks(model, "loss")
         if len(losses) > 1:
@@ -135,27 +130,22 @@ class _Run:
         board = None
         if config.report_to == "tensorboard" and config.output_dir is not None:
             board = Board(config.output_dir / "runs", done.step)
-        began, seconds_before, tokens_before, steps_before = (
-            time.perf_counter(),
-            done.seconds,
-            done.tokens,
-            done.step,
-        )
+        began, first = time.perf_counter(), done.step
         while not self.finished:
             for group in self.order.epoch(done.epoch)[done.position :]:
-                loss, lr = self._step(group)
-                done.seconds = seconds_before + time.perf_counter() - began
-                spent = done.seconds - seconds_before
+                loss, lr, speed = self._step(group)
                 if self.progress:
-                    eta = spent / (done.step - steps_before) * (self.total - done.step)
-                    self.progress(done.step, self.total, loss, lr, (done.tokens - tokens_before) / spent, eta)
-                self._log(board, lr)
+                    eta = (time.perf_counter() - began) / (done.step - first) * (self.total - done.step)
+                    self.progress(done.step, self.total, loss, lr, speed, eta)
                 self._evaluate(board)
+                self._log(board, lr)
                 stop = interrupted()
                 if stop or self.finished or (config.save_steps and done.step % config.save_steps == 0):
                     saved = self._save()
                     if stop and not self.finished:
-                        self._say_how_to_resume(saved)
+                        if saved:
+                            at = f"step {done.step} of {self.total}"
+                            log.warning("stopped at %s: the same command goes on from %s", at, saved)
                         raise KeyboardInterrupt
                 if self.finished:
                     break
@@ -166,9 +156,10 @@ class _Run:
         if self.keeps_best and self.best:
             checkpointing.copy_into(self.parameters, self.best)
 
-    def _step(self, group: list[list[Any]]) -> tuple[float, float]:
-        """One optimiser step; returns (mean loss per target, learning rate)."""
+    def _step(self, group: list[list[Any]]) -> tuple[float, float, float]:
+        """One optimiser step; returns (mean loss per target, learning rate, tokens per second)."""
         config, done = self.config, self.done
+        began, tokens_before = time.perf_counter(), done.tokens
         factor = lr_factor(config.lr_scheduler_type, done.step, self.total, self.warmup)
         for settings in self.optimizer.param_groups:
             settings["lr"] = settings["initial_lr"] * factor
@@ -197,11 +188,13 @@ class _Run:
             hook(done.step, self.total)
         done.window_loss += total
         done.window_targets += targets
-        return total / max(1, targets), config.learning_rate * factor
+        spent = time.perf_counter() - began
+        done.seconds += spent
+        return total / max(1, targets), config.learning_rate * factor, (done.tokens - tokens_before) / spent
 
     def _log(self, board: Board | None, lr: float) -> None:
         done = self.done
-        due = done.step % self.config.logging_steps == 0 or done.step == self.total
+        due = done.step % self.config.logging_steps == 0 or self.finished
         if due and done.window_targets:
             mean = done.window_loss / done.window_targets
             done.losses.append((done.step, mean))
@@ -221,9 +214,7 @@ class _Run:
         if self.keeps_best and done.evaluations_since_best == 0:
             self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
 
-    def _fingerprint(
-        self, examples: Sequence[Example], eval_examples: Sequence[Example] | None
-    ) -> dict[str, Any]:
+    def _fingerprint(self, examples: Sequence[Example], eval_examples: Sequence[Example] | None) -> dict[str, Any]:
         free = {f.name for f in fields(TrainConfig) if f.metadata["output_only"]}
         return {
             "model": {"identity": self.model.identity, **to_mapping(self.model.spec)},
@@ -263,20 +254,24 @@ class _Run:
         try:
             return checkpointing.save(self.config.output_dir, state, files, self.config.save_total_limit)
         except (OSError, SafetensorError) as error:
-            log.warning(
-                "checkpoint of step %d not written to %s (%s); earlier ones are kept",
-                self.done.step, self.config.output_dir, error,
-            )  # fmt: skip
+            log.warning("checkpoint of step %d not written (%s); earlier ones are kept", self.done.step, error)
             return None
 
-    def _say_how_to_resume(self, saved: Path | None) -> None:
-        if saved:
-            log.warning(
-                "stopped at step %d of %d: the same command goes on from %s",
-                self.done.step,
-                self.total,
-                saved,
-            )
+
+@contextmanager
+def _masters(model: Model) -> Iterator[None]:
+    """Train 16-bit parameters in float32, as small updates round away in them, and store them as they were after."""
+    net, before = model.net, model.net.compute_dtype
+    narrow = {name: p.dtype for name, p in model.trainable().items() if p.dtype in (torch.bfloat16, torch.float16)}
+    net.compute_dtype = net.dtype
+    for name in narrow:
+        net.get_parameter(name).data = net.get_parameter(name).data.float()
+    try:
+        yield
+    finally:
+        for name, dtype in narrow.items():
+            net.get_parameter(name).data = net.get_parameter(name).data.to(dtype)
+        net.compute_dtype = before
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if need_bias else None
+        grad_bias = weight.new_zeros(weight.shape[0], dtype=wide) if need_bias else None
 
         for start in range(0, hidden.shape[0], rows_per_chunk):
             x = hidden[start : start + rows_per_chunk]  # (n, H)
@@ -75,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_bytes: int = 16 << 20
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_bytes: int = 64 << 20
 ) -> tuple[Tensor, int]:
     """Summed cross-entropy of the head's predictions.
 
@@ -93,14 +93,8 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden.contiguous(), weight, bias, labels, rows_per_chunk), count
 
 
-def reference_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
-) -> tuple[Tensor, int]:
+def reference_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, int]:
     """The same from plain torch operations and all logits at once: the oracle of the tests."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)).to(
-        wide
-    )
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"), int(
-        (labels != IGNORE).sum()
-    )
+    logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)).to(wide)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"), int((labels != IGNORE).sum())

@@ -15,7 +15,8 @@ from burnish.model.families import FAMILIES, tensor_names
 from burnish.store.tensors import Entry, read_folder, write_json, write_tensors
 
 ROOT = "base_model.model."
-TASKS = {"lm": "CAUSAL_LM", "classification": "SEQ_CLS", "none": "FEATURE_EXTRACTION", "masked_lm": None}
+# no SEQ_CLS: with it PEFT expects the classifier's weights in the adapter
+TASKS = {"lm": "CAUSAL_LM", "classification": None, "none": "FEATURE_EXTRACTION", "masked_lm": None}
 # what PEFT can switch on and burnish's LoRA does not do, with the value that means "off"
 UNSUPPORTED: dict[str, Any] = {
     "bias": "none",
@@ -27,6 +28,9 @@ UNSUPPORTED: dict[str, Any] = {
     "layer_replication": None,
     "trainable_token_indices": None,
     "target_parameters": None,
+    "lora_bias": False,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
 }
 
 
@@ -83,7 +87,7 @@ def read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Entry], str]:
             raise UserError(f"{folder}: tensor {name} is not part of a LoRA adapter")
         tensors[f"{match[1]}.{match[2]}"] = entry
     options = {key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_rslora") if key in config}
-    modules = sorted({name.rpartition(".")[0] for name in tensors})
+    modules = list({name.rpartition(".")[0] for name in tensors})
     chain = [{"name": "lora", "config": {**options, "target_modules": modules}}]
     return chain, tensors, config.get("base_model_name_or_path") or ""
 
@@ -103,7 +107,7 @@ def rename(
             raise UserError(f"the adapter has a module '{foreign}' that its base does not have")
         return native[foreign]
 
-    chain[0]["config"]["target_modules"] = [path(name) for name in chain[0]["config"]["target_modules"]]
+    chain[0]["config"]["target_modules"] = sorted(path(name) for name in chain[0]["config"]["target_modules"])
     return {
         f"{path(name.rpartition('.')[0])}.{name.rpartition('.')[2]}": entry for name, entry in tensors.items()
     }

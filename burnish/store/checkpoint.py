@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,28 +74,30 @@ def load(
 ) -> Model:
     """The model in a folder: a Hugging Face checkpoint, what burnish saved, or a PEFT LoRA adapter.
 
-    dtype None keeps floating tensors as they are stored. `head` overrides the checkpoint's own. Raises UserError for
-    a folder that is no checkpoint, listing every missing, unexpected or misshapen tensor.
+    dtype None keeps floating tensors as they are stored; a technique's own tensors keep their dtype. `head` overrides
+    the checkpoint's own. Raises UserError for a folder that is no checkpoint, listing every missing, unexpected or
+    misshapen tensor.
     """
     folder = resolve(source)
     saved = read_json(folder / "burnish.json") if (folder / "burnish.json").exists() else {}
     if (folder / "adapter_config.json").exists():
         chain, extras, base_name = adapters.read(folder)
-        base = resolve(saved.get("base") or base_name)
+        base = resolve(based_on(folder, {"base": base_name, **saved}))
     else:
         chain = saved.get("chain", [])
         extras = read_folder(folder, "burnish") if (folder / "burnish.safetensors").exists() else {}
-        base = folder if saved.get("complete", True) else resolve(saved["base"])
+        base = folder if saved.get("complete", True) else resolve(based_on(folder, saved))
     if base != folder and saved.get("identity") and identity(base) != saved["identity"]:
         raise UserError(
             f"{folder}: made for a base with identity {saved['identity'][:12]}, but {base} has {identity(base)[:12]}; "
             "give the base that it was trained on"
         )
     hf_config = read_json(base / "config.json")
+    spec = read_spec(hf_config, head)
     quantised = base == folder and not (folder / "model.safetensors").exists() and bool(extras)
     entries = {} if quantised else canonical(read_folder(base), hf_config)
-    pooled = any("pooler" in name for name in (*entries, *extras))
-    spec = read_spec(hf_config, head, pooled)
+    if not any("pooler" in name for name in (*entries, *extras)):
+        spec = replace(spec, pooler=False)
     if (folder / "adapter_config.json").exists():
         extras = adapters.rename(tensor_names(spec), family_of(hf_config).prefix, chain, extras)
     with torch.device("meta"):
@@ -102,9 +105,17 @@ def load(
         chains.rebuild(model, chain)
     fill(model, entries, extras, folder, dtype, device)
     model.tokenizer = load_tokenizer(folder if has_tokenizer(folder) else base)
-    model.identity = saved.get("identity") or identity(base)
+    own = base == folder and not chain  # weights without a chain are a base of their own
+    model.identity = identity(base) if own else saved.get("identity") or identity(base)
     model.net.eval()
     return model
+
+
+def based_on(folder: Path, saved: dict[str, Any]) -> str:
+    """The base that a folder without base weights names."""
+    if not isinstance(saved.get("base"), str) or not saved["base"]:
+        raise UserError(f"{folder}: names no base model; write it into adapter_config.json or burnish.json")
+    return saved["base"]
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -138,6 +149,22 @@ def stored_names(model: Model) -> dict[str, tuple[str, str | None]]:
     return names
 
 
+def spare_names(model: Model) -> set[str]:
+    """The family's names of tensors that may be left unread: of a head not in use, or a copy of a shared one."""
+    net, tensors = model.net, family_of(model.hf_config).tensors
+    spare = set()
+    for native, foreign in tensor_names(model.spec).items():
+        absent = getattr(net, native.split(".")[0], None) is None
+        for leaf in ("weight", "bias"):
+            elsewhere = tensors.get(f"{native}.{leaf}")
+            copied = native == "lm_head" and (model.spec.tied if leaf == "weight" else elsewhere is not None)
+            if absent or copied:
+                spare.add(f"{foreign}.{leaf}")
+            if absent and elsewhere:
+                spare.add(elsewhere)
+    return spare
+
+
 def is_transposed(model: Model, native: str) -> bool:
     """Whether the family stores this matrix as (in, out)."""
     parts = native.split(".")
@@ -154,7 +181,7 @@ def fill(
 ) -> None:
     """Give every parameter its stored tensor, or raise one UserError that lists all that do not match."""
     net, family = model.net, family_of(model.hf_config)
-    plan: dict[str, tuple[Entry, bool, bool]] = {}
+    plan: dict[str, tuple[Entry, bool, torch.dtype]] = {}
     problems: list[str] = []
     for name, (native, foreign) in stored_names(model).items():
         key = native if native in extras else foreign or native
@@ -162,31 +189,42 @@ def fill(
         if entry is None:
             problems.append(f"missing {key}")
             continue
-        base = key not in extras
-        transposed = base and is_transposed(model, native)
+        transposed = key not in extras and is_transposed(model, native)
         shape = tuple(net.get_parameter(name).shape)[:: -1 if transposed else 1]
         if entry.shape != shape:
             problems.append(f"{key} has shape {list(entry.shape)} where {list(shape)} is needed")
-        plan[name] = (entry, transposed, base)
+        wanted = net.get_parameter(name).dtype
+        if entry.dtype != wanted and not (entry.dtype.is_floating_point and wanted.is_floating_point):
+            problems.append(f"{key} has dtype {entry.dtype} where {wanted} is needed")
+        kind = wanted if foreign is None else dtype or entry.dtype  # a technique knows its own tensors' dtype
+        plan[name] = (entry, transposed, kind if entry.dtype.is_floating_point else entry.dtype)
     used = {entry for entry, _, _ in plan.values()}
-    modules = set(
-        tensor_names(model.spec).values()
-    )  # tensors of another head than the one in use are left unread
+    spare = spare_names(model)
     for key, entry in [*entries.items(), *extras.items()]:
-        known = key.rpartition(".")[0] in modules or key in family.tensors.values()
-        if entry not in used and not known and not any(part in key for part in family.ignored):
+        known = key in spare or any(part in key for part in family.ignored)
+        if entry not in used and not known:
             problems.append(f"unexpected {key}")
     if problems:
         raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
-    for name, (entry, transposed, base) in plan.items():
-        tensor = entry.read()
-        if base and dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        if transposed:
-            tensor = tensor.t().contiguous()
+    place(net, plan, torch.device(device))
+
+
+def place(net: Transformer, plan: dict[str, tuple[Entry, bool, torch.dtype]], device: torch.device) -> None:
+    """Read every parameter's (entry, whether it is transposed, dtype) into the network.
+
+    What cannot be read into place goes through one buffer: freed ones would leave holes as large as the model.
+    """
+    indirect = {name for name, (entry, transposed, kind) in plan.items() if transposed or kind != entry.dtype}
+    indirect = set(plan) if device.type != "cpu" else indirect
+    scratch = torch.empty(max((plan[name][0].nbytes for name in indirect), default=0), dtype=torch.uint8)
+    for name, (entry, transposed, kind) in plan.items():
+        tensor = entry.read(scratch if name in indirect else None)
+        if name in indirect:
+            tensor = tensor.t() if transposed else tensor
+            tensor = tensor.to(device, kind, copy=True, memory_format=torch.contiguous_format)
         trains = net.get_parameter(name).requires_grad
         module, _, leaf = name.rpartition(".")
-        setattr(net.get_submodule(module), leaf, nn.Parameter(tensor.to(device), requires_grad=trains))
+        setattr(net.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=trains))
     net.tie()
 
 
@@ -198,7 +236,7 @@ def save(model: Model, folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     spec = model.spec
-    complete = not model.path or any(
+    complete = not model.identity or any(
         getattr(chains.technique(x.name), "CHANGES_BASE", False) for x in model.chain
     )
     complete = complete or not model.chain
@@ -214,14 +252,21 @@ def save(model: Model, folder: str | Path) -> Path:
         elif complete:
             other = other.removeprefix(family_of(model.hf_config).prefix) if spec.head == "none" else other
             foreign[other] = tensor.t() if is_transposed(model, native) else tensor
-    stale = [name for name in ("model.safetensors.index.json",) if (folder / name).exists()]
+    alone = not complete and [link.name for link in model.chain] == ["lora"]
+    written = {
+        "model.safetensors": bool(foreign),
+        "burnish.safetensors": bool(extras) and not alone,
+        "adapter_config.json": alone,
+        "model.safetensors.index.json": False,
+    }
+    stale = [name for name, ours in written.items() if not ours and (folder / name).exists()]
     if stale:
-        raise UserError(f"{folder}: holds a sharded checkpoint; choose another folder")
+        raise UserError(f"{folder}: holds {', '.join(stale)} of another kind of checkpoint; choose another folder")
     record: dict[str, Any] = {"format": 1, "complete": complete, "chain": chains.describe(model)}
     record |= {"identity": model.identity, "base": model.path}
     if foreign:
         write_tensors(foreign, folder / "model.safetensors")
-    if not complete and [link.name for link in model.chain] == ["lora"]:
+    if alone:
         adapters.write(model, extras, folder)
     elif extras:
         write_tensors(extras, folder / "burnish.safetensors")

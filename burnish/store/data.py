@@ -16,10 +16,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from burnish.config import UserError, nearest
+from burnish.model.example import IGNORE as IGNORED
+from burnish.model.example import Example
 from burnish.store.rows import Row, detect_format, read_rows, rename_columns, require_column, split_rows
 from burnish.store.tokenizer import Message, chat_ids, runs
 
@@ -31,7 +32,6 @@ __all__ = [
     "read_rows", "rename_columns", "split_rows",
 ]  # fmt: skip
 
-IGNORED = -100  # the label of a token without loss
 SPEAKERS = {
     "system": ("system",),
     "user": ("user", "human"),
@@ -40,21 +40,6 @@ SPEAKERS = {
 }
 ROLES = {name: role for role, names in SPEAKERS.items() for name in names}
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Example:
-    """One document. `labels[i]` is the id at position i or -100 (no loss): the loss shifts, not the data."""
-
-    ids: list[int]
-    labels: list[int]
-    fields: dict[str, str] = field(default_factory=dict)  # the row's columns as text
-    slots: list[int] | None = (
-        None  # per position: -1 a real token, i >= 0 pseudo token i (there `ids` holds a pad, `labels` -100)
-    )
-    label: int | None = None  # class of the whole document
-    virtual_tokens: int | None = None  # soft prompt length for this row; None: all
-    token_types: list[int] | None = None  # 0 first text, 1 second
 
 
 def encode_rows(

@@ -43,9 +43,16 @@ class Entry:
     start: int
     end: int
 
-    def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    def read(self, scratch: Tensor | None = None) -> Tensor:
+        """The tensor, in memory of its own, or at the start of `scratch` (uint8), where the next read overwrites it."""
+        if scratch is None:
+            tensor = torch.empty(self.shape, dtype=self.dtype)
+        else:
+            tensor = scratch[: self.nbytes].view(self.dtype).view(self.shape)
         if tensor.numel():
             view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
             with open(self.path, "rb", buffering=0) as file:
@@ -93,7 +100,7 @@ def read_header(path: Path) -> dict[str, Entry]:
                 if end - start != count or 8 + length + end > size:
                     raise broken(f"tensor {name} does not fit the file")
                 entries[name] = Entry(path, dtype, shape, 8 + length + start, 8 + length + end)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise broken(f"its header does not parse: {error}") from None
     return entries
 
@@ -103,7 +110,7 @@ def read_folder(folder: Path, stem: str = "model") -> dict[str, Entry]:
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if index.exists():
         try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index}: not a safetensors index; download it again") from None
         missing = [name for name in files if Path(name).name != name or not (folder / name).exists()]
@@ -117,9 +124,9 @@ def read_folder(folder: Path, stem: str = "model") -> dict[str, Entry]:
     )
     if pickled:
         raise UserError(
-            f"{folder}: {pickled[0]} is a pickle, which can run code when it is read; convert it to safetensors where "
-            "you trust it: python -c \"from transformers import AutoModel as A; A.from_pretrained('IN')"
-            ".save_pretrained('OUT')\""
+            f"{folder}: {pickled[0]} is a pickle, which can run code when it is read; if you trust it, convert it: "
+            f"python -c \"import transformers as t; p = {str(folder)!r}; c = t.AutoConfig.from_pretrained(p); "
+            'getattr(t, c.architectures[0]).from_pretrained(p).save_pretrained(p)"'
         )
     raise UserError(f"{folder}: no {stem}.safetensors in this folder; give a checkpoint folder or a hub id")
 

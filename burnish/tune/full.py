@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from burnish.model.bundle import Context, Model
-from burnish.model.linear import Dense, Weight
+from burnish.tune.unfreeze import unfreeze
 
 CHANGES_BASE = True
 
@@ -26,12 +26,4 @@ def apply(model: Model, config: Config, context: Context) -> Config:
 
 
 def rebuild(model: Model, config: Config) -> None:
-    quantised = {
-        id(p)
-        for module in model.net.modules()
-        if isinstance(module, Weight) and not isinstance(module, Dense)
-        for p in module.parameters()
-    }
-    for parameter in model.net.parameters():
-        if parameter.is_floating_point() and id(parameter) not in quantised:
-            parameter.requires_grad_(True)
+    unfreeze(model.net)

@@ -55,6 +55,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(
             torch.zeros(base.out_features, config.r, device=device, dtype=torch.float32)
         )
+        self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -71,8 +72,7 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     if config.r < 1:
         raise UserError(f"technique 'lora': r is {config.r}; it must be at least 1")
     targets = config.target_modules or list(FAMILIES[model.spec.family].lora_targets)
-    paths = [path for path, _ in select(model.net, targets)]
-    config = replace(config, target_modules=paths)
+    config = replace(config, target_modules=sorted(path for path, _ in select(model.net, targets)))
     rebuild(model, config)
     generator = torch.Generator().manual_seed(context.seed)
     for layer in layers(model).values():
@@ -94,16 +94,25 @@ def layers(model: Model) -> dict[str, LoRALinear]:
 
 @torch.no_grad()
 def merge(model: Model, config: Config) -> str:
-    """Add the corrections to the weights; a quantised weight becomes dense first, and the note says so."""
-    expanded = 0
+    """Add the corrections to the weights; a quantised weight becomes dense first, and the note says so.
+
+    The weights are then no stored checkpoint's any more, so the model loses its identity.
+    """
+    expanded = []
     for path, layer in layers(model).items():
         linear = layer.base
         if isinstance(linear.weight, Dense):
             linear.weight.dense += layer.delta().to(linear.weight.dense.dtype)
         else:
-            expanded += 1
+            expanded.append(path)
             linear.weight = Dense((linear.weight.dequantize().float() + layer.delta()).to(torch.bfloat16))
             linear.weight.requires_grad_(False)
         put(model.net, path, lambda wrapped: wrapped.base)
+    for link in list(model.chain):
+        if expanded and hasattr(link.config, "without"):
+            link.config = link.config.without(expanded)
+            if not link.config.target_modules:
+                model.chain.remove(link)
+    model.identity = ""
     note = f"lora: merged into {len(config.target_modules or ())} projections"
-    return note + (f", {expanded} of them quantised and now dense in bfloat16" if expanded else "")
+    return note + (f", {len(expanded)} of them quantised and now dense in bfloat16" if expanded else "")

@@ -81,7 +81,8 @@ def apply(model: Model, config: Config, context: Context) -> Config:
         raise UserError(f"technique '{NAME}': the LSTM needs an even hidden size; choose encoder: mlp")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
-        rebuild(model, replace(config, finalized=False))
+        config = replace(config, finalized=False)
+        rebuild(model, config)
     return config
 
 
@@ -138,7 +139,8 @@ def column(example: Example, name: str) -> str:
     if name not in example.fields:
         have = ", ".join(example.fields) or "none"
         raise UserError(
-            f"technique '{NAME}': template names {{{name}}}{nearest(name, example.fields)}; the data's columns are: {have}"
+            f"technique '{NAME}': template names {{{name}}}{nearest(name, example.fields)}; "
+            f"the data's columns are: {have}"
         )
     return example.fields[name]
 

@@ -79,7 +79,10 @@ def initial_cache(model: Model, config: Config, batch: dict[str, Tensor]) -> Pre
     )
     keys, values = shaped[:, :, None]
     lengths = batch.get("virtual_tokens")
-    return Prefix(keys, values, None if lengths is None else lengths.clamp(max=len(table)))
+    if lengths is not None:  # padding sees what its row sees: a cache asks a row's first position, padded or not
+        row = lengths.amax(dim=1, keepdim=True)
+        lengths = torch.where(batch["attention_mask"], lengths, row).clamp(max=len(table))
+    return Prefix(keys, values, lengths)
 
 
 def finalize(model: Model, config: Config) -> Config:

@@ -13,6 +13,7 @@ import torch
 
 from burnish.config import UserError
 from burnish.model.bundle import Context, Model
+from burnish.tune.unfreeze import unfreeze
 
 CHANGES_BASE = True
 
@@ -35,6 +36,10 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     if config.train_layers > model.spec.num_layers:
         raise UserError(
             f"technique 'transfer': train_layers is {config.train_layers}; the model has {model.spec.num_layers} layers"
+        )
+    if config.label_names is not None and len(config.label_names) != config.num_labels:
+        raise UserError(
+            f"technique 'transfer': {len(config.label_names)} label_names do not fit num_labels {config.num_labels}"
         )
     had_pooler = model.net.pooler
     rebuild(model, config)
@@ -61,6 +66,6 @@ def rebuild(model: Model, config: Config) -> None:
         if head is not None:
             head.to(device=model.device, dtype=torch.float32).requires_grad_(True)
     if config.train_layers < 0:
-        net.requires_grad_(True)
+        unfreeze(net)
     for layer in net.layers[net.spec.num_layers - max(config.train_layers, 0) :]:
-        layer.requires_grad_(True)
+        unfreeze(layer)

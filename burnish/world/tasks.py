@@ -154,7 +154,7 @@ def passkey(split: str, seed: int = 0, words: int = 120, count: int | None = Non
 TASKS: dict[str, Callable[..., list[Row]]] = {
     "near": near,
     "far": far,
-    "facts_test": facts_test,
+    "facts": facts_test,
     "reviews": reviews,
     "entailment": entailment,
     "arithmetic": arithmetic,

@@ -21,9 +21,8 @@ VOID = {"meta", "link", "br", "hr", "img", "input"}
 def make(name, mean, *, spread=0.01, n=3, memory=500 << 20, latency=10.0, artifact=1 << 20, **more):
     """A row; the seeds are `mean` exactly, since only `mean`, `spread` and their number decide."""
     metric, trained = more.pop("metric", "accuracy"), more.pop("trained", True)
-    row = dict(
-        name=name, techniques=[name], task="sentiment", status="ok", error=None, control=False, energy_joules=None
-    )
+    row = {"name": name, "techniques": [name], "task": "sentiment", "status": "ok", "error": None}
+    row |= {"control": False, "energy_joules": None}
     row["quality"] = {"metric": metric, "mean": mean, "spread": spread, "seeds": [mean] * n}
     row["latency_ms"] = {"mean": latency, "std": 0.4, "p50": latency, "p95": latency and latency * 1.1}
     row |= {"tokens_per_second": 80.0, "peak_memory_bytes": memory, "artifact_bytes": artifact}
@@ -39,14 +38,7 @@ def base(mean, **more):
 
 def failed(name, status="failed", error="exploded", task="sentiment"):
     nothing = dict.fromkeys(make(name, 0.5))
-    return nothing | {
-        "name": name,
-        "task": task,
-        "techniques": [name],
-        "status": status,
-        "error": error,
-        "control": False,
-    }
+    return nothing | {"name": name, "task": task, "status": status, "error": error}
 
 
 def results(*rows, **budget):
@@ -125,10 +117,7 @@ def test_a_tie_goes_to_the_cheaper_row_and_says_so(dear, cheap, word):
     rows = [make("dear", 0.905, **dear), make("cheap", 0.9, **cheap)]
     assert winner(*rows) == "cheap"
     (text,) = report.verdict(results(*rows))
-    assert (
-        "cheap wins a tie on accuracy: its 90.0% ± 1.0 is within the seeds' noise of dear (90.5% ± 1.0), the best"
-        in text
-    )
+    assert "cheap wins a tie on accuracy: its 90.0% ± 1.0 is within the seeds' noise of dear (90.5% ± 1.0)" in text
     assert word in text
 
 
@@ -140,7 +129,7 @@ def test_rows_that_cost_the_same_tie_without_an_invented_reason():
 def test_a_row_that_another_beats_is_not_tied_with_the_best():
     noisy, cheap = make("noisy", 0.92, spread=0.1, memory=999), base(0.9, memory=1)
     assert winner(noisy, cheap) == "base"
-    assert winner(noisy, make("steady", 0.91, spread=0.001), cheap) != "base"
+    assert winner(noisy, make("steady", 0.91, spread=0.001), cheap) == "noisy"
 
 
 @pytest.mark.parametrize(
@@ -165,10 +154,8 @@ def test_what_was_not_measured_does_not_pass_a_limit():
     rows = [make("unknown", 0.95, memory=None), make("lora", 0.9)]
     assert winner(*rows) == "unknown"
     assert winner(*rows, max_memory_bytes=1 << 40) == "lora"
-    assert (
-        winner(make("prompt", 0.9, train_seconds=None, artifact=None), max_train_seconds=1, max_artifact_bytes=1)
-        == "prompt"
-    )
+    untrained = make("prompt", 0.9, train_seconds=None, artifact=None)
+    assert winner(untrained, max_train_seconds=1, max_artifact_bytes=1) == "prompt"
 
 
 def test_every_row_over_the_budget_leaves_no_winner():
@@ -213,11 +200,8 @@ def test_one_seed_is_not_taken_for_certainty():
 
 
 def test_tasks_are_judged_apart():
-    rows = [
-        make("lora", 0.9),
-        make("lora", 0.3, task="facts", metric="f1"),
-        make("ia3", 0.6, task="facts", metric="f1"),
-    ]
+    facts = {"task": "facts", "metric": "f1"}
+    rows = [make("lora", 0.9), make("lora", 0.3, **facts), make("ia3", 0.6, **facts)]
     assert [text.split(" wins")[0] for text in report.verdict(results(*rows))] == ["sentiment: lora", "facts: ia3"]
     with pytest.raises(ValueError, match="sentiment: its rows report different metrics"):
         report.verdict(results(make("a", 0.5), make("b", 0.5, metric="f1")))
@@ -234,14 +218,7 @@ def test_missing_keys_and_foreign_numbers_become_the_schema():
 
 
 def test_units():
-    assert [size(v) for v in (None, 0, 900, 1536, 612 << 20, 5 << 30)] == [
-        "–",
-        "0 B",
-        "900 B",
-        "1.50 KiB",
-        "612 MiB",
-        "5.00 GiB",
-    ]
+    assert [size(v) for v in (None, 0, 1536, 612 << 20)] == ["–", "0 B", "1.50 KiB", "612 MiB"]
     assert [duration(v) for v in (0.31, 42, 200, 3900)] == ["0.31 s", "42 s", "3 min 20 s", "1 h 05 min"]
     assert [millis(v) for v in (14.23, 1200)] == ["14.2 ms", "1.20 s"]
     assert [count(v) for v in (0, 912, 295_000, 1.2e6)] == ["0", "912", "295 k", "1.20 M"]
@@ -278,27 +255,14 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_fits_and_keeps_names_and_quality(width):
-    rows = [
-        make("nf4+lora", 0.92, techniques=["nf4", "lora"], energy_joules=31.0),
-        base(0.6),
-        failed("[red]b[/]", "oom"),
-    ]
-    rows.append(make("shuffled labels", 0.5, techniques=["lora"], control=True, metric="accuracy"))
+    rows = [make("nf4+lora", 0.92, energy_joules=31.0), base(0.6), failed("[red]b[/]", "oom")]
+    rows.append(make("shuffled labels", 0.5, techniques=["lora"], control=True))
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(report.table(results(*rows), width))
     text = console.export_text()
     assert all(len(line.rstrip()) <= width for line in text.splitlines())
-    for word in (
-        "sentiment",
-        "accuracy ↑",
-        "nf4+lora",
-        "92.0% ± 1.0",
-        "500 MiB",
-        "10.0 ± 0.4",
-        "wins",
-        "oom",
-        "[red]b[/]",
-    ):
+    words = ("sentiment", "accuracy ↑", "nf4+lora", "92.0% ± 1.0", "500 MiB", "10.0 ± 0.4", "wins", "oom", "[red]b[/]")
+    for word in words:
         assert word in text
     assert ("joules" in text) == ("P95" in text) == (width == 120)
 
@@ -307,9 +271,7 @@ def test_the_table_fits_and_keeps_names_and_quality(width):
 
 
 def many(n):
-    return [
-        make(f"technique_{i:02d}", 0.5 + 0.01 * i, latency=10 + i / 7, memory=(300 + i * i) << 20) for i in range(n)
-    ]
+    return [make(f"technique_{i:02d}", 0.5 + i / 100, latency=10 + i / 7, memory=(300 + i * i) << 20) for i in range(n)]
 
 
 ODD = {
@@ -320,10 +282,8 @@ ODD = {
     "forty": many(40),
     "zeros": [make("x", 0.5, memory=0, latency=0.0)],
     "nulls": [make("x", math.nan), make("y", 0.5, memory=None, latency=math.nan, spread=math.nan)],
-    "wild losses": [
-        make("x", 7.0, metric="loss", curve=[[1, 1e9], [2, 0.1]]),
-        make("y", -1.0, metric="loss", curve=[[1, 0]]),
-    ],
+    "wild losses": [make("x", 7.0, metric="loss", curve=[[1, 1e9], [2, 0.1]])],
+    "one step": [make("y", -1.0, metric="loss", curve=[[1, 0]])],
 }
 
 

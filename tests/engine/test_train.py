@@ -128,18 +128,18 @@ def test_training_learns_and_leaves_frozen_parameters(techniques):
     assert all(p.grad is None for p in model.net.parameters())
 
 
-def test_mixed_precision_and_checkpointing_change_little_and_are_undone():
+@pytest.mark.parametrize(
+    ("settings", "dtype", "tolerance"),
+    [({"gradient_checkpointing": True}, torch.float32, 1e-6), ({"bf16": True}, torch.bfloat16, 0.05)],
+)
+def test_cheaper_modes_change_little_and_are_undone(settings, dtype, tolerance):
     _, expected = parameters_after(tiny_config(), dtype=torch.float32)
-    for settings, tolerance in (({"gradient_checkpointing": True}, 1e-6), ({"bf16": True}, 0.05)):
-        model = tiny_model()
-        seen = []
-        result = train(
-            model, tiny_examples(), tiny_config(**settings), progress=lambda *_, m=model: seen.append(m.net.dtype)
-        )
-        assert set(seen) == {torch.bfloat16 if "bf16" in settings else torch.float32}
-        assert all(p.dtype == torch.float32 for p in model.net.parameters())
-        assert model.net.compute_dtype is None and not model.net.gradient_checkpointing
-        assert [loss for _, loss in result.losses] == pytest.approx([x for _, x in expected.losses], rel=tolerance)
+    model, seen = tiny_model(), []
+    result = train(model, tiny_examples(), tiny_config(**settings), progress=lambda *_: seen.append(model.net.dtype))
+    assert set(seen) == {dtype}
+    assert all(p.dtype == torch.float32 for p in model.net.parameters())
+    assert model.net.compute_dtype is None and not model.net.gradient_checkpointing
+    assert [loss for _, loss in result.losses] == pytest.approx([x for _, x in expected.losses], rel=tolerance)
 
 
 def test_compile_covers_the_layers_for_the_run(monkeypatch, caplog):
@@ -222,7 +222,7 @@ def test_a_step_never_makes_all_logits():
     examples = [Example(list(range(40)), list(range(40))) for _ in range(8)]
     with Largest() as largest:
         train(model, examples, tiny_config(max_steps=1, per_device_train_batch_size=8))
-    assert largest.elements <= 4 << 20  # 16 MiB of float32; all logits: 312 x 65536, 78 MiB
+    assert largest.elements <= 16 << 20  # 64 MiB of float32; all logits: 312 x 65536, 78 MiB
 
 
 @dataclass(frozen=True)
@@ -318,6 +318,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 
 def test_what_cannot_train_is_refused():
     masked = [Example([1, 2, 3], [-100] * 3)]
+    labelled, classifier = replace(masked[0], label=1), tiny_model(head="classification", num_labels=1)
     cases = [
         ("no parameter trains", (tiny_model(None), tiny_examples(), tiny_config())),
         ("no example", (tiny_model(), [], tiny_config())),
@@ -326,6 +327,9 @@ def test_what_cannot_train_is_refused():
             "gradient_accumulation_steps: must be",
             (tiny_model(), tiny_examples(), tiny_config(gradient_accumulation_steps=0)),
         ),
+        ("example 2 has class 1, the model no classes", (tiny_model(), [*tiny_examples(1), labelled], tiny_config())),
+        ("example 1 has no class", (classifier, tiny_examples(), tiny_config())),
+        ("class 1, the model classes 0 to 0", (classifier, [labelled], tiny_config())),
         ("no evaluation data", (tiny_model(), tiny_examples(), tiny_config(early_stopping_patience=1))),
         ("set output_dir", (tiny_model(), tiny_examples(), tiny_config(report_to="tensorboard"))),
     ]

@@ -77,8 +77,8 @@ def test_phrasings_are_enough_disjoint_and_recombine_trained_words():
 
 def test_fact_rows_cover_every_fact_in_phrasings_of_their_split(rows):
     for split in SPLITS:
-        assert len(rows["facts_test", split]) == 1800
-        for row in rows["facts_test", split]:
+        assert len(rows["facts", split]) == 1800
+        for row in rows["facts", split]:
             assert row["prompt"].replace(row["subject"], "{subject}") in phrasings(row["relation"], split)
             assert row["completion"][1:] in ANSWERS[row["relation"]]
 

@@ -1,0 +1,124 @@
+"""`measure`: the quality of a model on a task; and `burnish eval`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from burnish import chain
+from burnish.bench.tasks import Metric, Task, load_task, parse_task
+from burnish.config import UserError
+from burnish.engine.loss import evaluate
+from burnish.engine.order import encode, pad_id
+from burnish.model.bundle import Model
+from burnish.model.example import IGNORE, Example
+from burnish.store.batch import collate
+from burnish.store.checkpoint import load
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """One model, one or more tasks."""
+
+    positional: ClassVar[str] = "model"
+    model: str = field(default="pebble", metadata={"help": "checkpoint folder, hub id or 'pebble'"})
+    task: list[str] = field(default_factory=lambda: ["facts"], metadata={"help": "built-in tasks"})
+    split: str = field(default="test", metadata={"help": "split of a built-in task: test or dev"})
+    data: str = field(default="", metadata={"help": "your own rows instead of a built-in task"})
+    columns: dict[str, str] = field(default_factory=dict, metadata={"help": "your names of columns"})
+    metric: Metric = field(default="auto", metadata={"help": "auto takes what fits the rows"})
+    max_length: int = field(default=512, metadata={"help": "longest row, in tokens"})
+    max_rows: int = field(default=0, metadata={"help": "rows measured; 0: all"})
+    json: bool = field(default=False, metadata={"help": "print JSON"})
+
+
+def measure(model: Model, task: Task | str | Mapping[str, Any], rows: Sequence[Example] | None = None) -> float:
+    """The metric of `task` (a Task, a built-in name, or a mapping of `TaskConfig`) over its test rows.
+
+    `rows` replaces the test rows by examples already encoded, without the chain's `encode` hooks.
+    """
+    if not isinstance(task, Task):
+        task = load_task(parse_task(task))
+    examples = list(encode(model, task.encode(model, task.test) if rows is None else list(rows)))
+    if task.metric == "perplexity":
+        return math.exp(evaluate(model, examples))
+    right = answered(model, examples)
+    return sum(right) / len(right)
+
+
+@torch.inference_mode()
+def answered(model: Model, examples: Sequence[Example]) -> list[bool]:
+    """Which examples are right: the class of a classifier, or the greedy continuation against the completion.
+
+    One forward decides the continuation: greedy decoding gives the completion exactly when every token of it is the
+    most likely one after those before it. A final end token is not judged.
+    """
+    net = model.net
+    net.eval()
+    ends = {model.tokenizer.eos_token_id} if model.tokenizer is not None else set()
+    right: list[bool] = [False] * len(examples)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        batch = collate([examples[i] for i in chosen], pad_id(model), multiple_of=8)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        hidden = chain.forward(model, batch)
+        if "label" in batch:
+            picked = net.logits(net.pool(hidden, batch["attention_mask"])).argmax(-1)
+            for i, good in zip(chosen, (picked == batch["label"]).tolist(), strict=True):
+                right[i] = good
+            continue
+        labels = batch["labels"]
+        if net.spec.causal:
+            hidden, labels = hidden[:, :-1], labels[:, 1:]
+        judged = labels != IGNORE
+        for end in ends:
+            judged &= labels != end
+        rows = judged.nonzero()[:, 0]
+        hits = net.logits(hidden[judged]).argmax(-1) == labels[judged]
+        misses = torch.zeros(len(chosen), dtype=torch.long, device=rows.device).index_add_(0, rows, (~hits).long())
+        for i, missed in zip(chosen, misses.tolist(), strict=True):
+            right[i] = missed == 0
+    return right
+
+
+def run(config: EvalConfig) -> int:
+    """Print the metric of every task."""
+    model = load(config.model)
+    tasks: list[Any] = list(config.task)
+    if config.data:
+        common = {"metric": config.metric, "columns": config.columns, "max_length": config.max_length}
+        tasks = [{"name": config.data, "data": config.data, "eval_data": config.data, **common}]
+    found = {}
+    for item in tasks:
+        options = {"name": item} if isinstance(item, str) else item
+        if config.split not in ("test", "dev"):
+            raise UserError(f"split: '{config.split}' is neither test nor dev")
+        task = load_task(parse_task({**options, "max_rows": config.max_rows, "split": config.split}))
+        found[task.name] = {"metric": task.metric, "value": measure(model, task), "rows": len(task.test)}
+        if task.name == "facts":
+            found[task.name]["relations"] = by_relation(model, task)
+    if config.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    for name, entry in found.items():
+        print(f"{name}: {entry['metric']} {entry['value']:.4f} over {entry['rows']} rows")
+        for relation, value in entry.get("relations", {}).items():
+            print(f"  {relation}: {value:.4f}")
+    return 0
+
+
+def by_relation(model: Model, task: Task) -> dict[str, float]:
+    """The share of right answers for each relation of a knowledge task."""
+    right = answered(model, list(encode(model, task.encode(model, task.test))))
+    groups: dict[str, list[bool]] = {}
+    for row, good in zip(task.test, right, strict=True):
+        groups.setdefault(row["relation"], []).append(good)
+    return {name: sum(values) / len(values) for name, values in sorted(groups.items())}

@@ -1,0 +1,103 @@
+"""The rows of a comparison: what is asked for, and what comes out in results.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from burnish.bench.tasks import Task, majority
+
+Result = Mapping[str, Any]
+NO_LATENCY = dict.fromkeys(("mean", "std", "p50", "p95"))
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """One row: a chain of techniques, trained if anything in it trains. `learning_rate` may differ by task."""
+
+    name: str
+    techniques: list[Any] = field(default_factory=list)
+    learning_rate: float | dict[str, float] = 0.0
+    max_steps: int = 0
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row on one task."""
+
+    row: RowConfig
+    task: Task
+    techniques: list[Any]
+    control: bool = False
+    shuffle: bool = False
+
+
+def task_cells(rows: list[RowConfig], task: Task, controls: bool) -> list[Cell]:
+    """Every row on the task, and the controls. A classification begins each chain with a new head."""
+    head: list[Any] = []
+    if task.label_names:
+        head = [{"transfer": {"num_labels": len(task.label_names), "label_names": task.label_names}}]
+
+    def chained(row: RowConfig) -> list[Any]:
+        own = any("transfer" in item for item in row.techniques)
+        return row.techniques if own else head + row.techniques
+
+    cells = [Cell(row, task, chained(row)) for row in rows]
+    trained = next((row for row in rows if learning_rate(row, task.name)), None)
+    if controls and trained and majority(task) is not None:
+        cells.append(Cell(trained, task, chained(trained), control=True, shuffle=True))
+    return cells
+
+
+def learning_rate(row: RowConfig, task: str) -> float:
+    """The row's rate on a task; 0 where it does not train."""
+    if isinstance(row.learning_rate, Mapping):
+        return row.learning_rate.get(task, next(iter(row.learning_rate.values())))
+    return row.learning_rate
+
+
+def result_row(cell: Cell, quality: Result, fit: Result, served: Result) -> dict[str, Any]:
+    """A row of results.json from the results of its jobs; the worst status of the three is the row's."""
+    failed = next((r for r in (quality, fit, served) if r["status"] != "ok"), None)
+    memory = [part for part in (fit.get("train_memory_bytes"), served.get("inference_memory_bytes")) if part]
+    return {
+        "name": f"shuffled labels ({cell.row.name})" if cell.control else cell.row.name,
+        "techniques": cell.techniques,
+        "task": cell.task.name,
+        "quality": quality.get("quality") or empty_quality(cell.task),
+        "latency_ms": served.get("latency_ms") or NO_LATENCY,
+        "tokens_per_second": served.get("tokens_per_second"),
+        "peak_memory_bytes": max(memory) if memory else None,
+        "train_memory_bytes": fit.get("train_memory_bytes"),
+        "inference_memory_bytes": served.get("inference_memory_bytes"),
+        "artifact_bytes": quality.get("artifact_bytes"),
+        "trainable_parameters": quality.get("trainable_parameters"),
+        "trainable_share": quality.get("trainable_share"),
+        "train_seconds": quality.get("train_seconds"),
+        "energy_joules": served.get("energy_joules"),
+        "status": failed["status"] if failed else "ok",
+        "error": failed["error"] if failed else None,
+        "curve": quality.get("curve", []),
+        "control": cell.control,
+    }
+
+
+def majority_row(task: Task) -> dict[str, Any] | None:
+    """The control that always gives the most frequent training answer; None where there is no such score."""
+    score = majority(task)
+    if score is None:
+        return None
+    found = {"metric": task.metric, "mean": score, "spread": 0.0, "seeds": [score]}
+    nothing = dict.fromkeys(
+        ("tokens_per_second", "peak_memory_bytes", "artifact_bytes", "trainable_parameters", "trainable_share")
+    )
+    nothing |= dict.fromkeys(("train_seconds", "energy_joules", "error"))
+    fixed = {"name": "majority answer", "techniques": [], "task": task.name, "quality": found, "curve": []}
+    return {**nothing, **fixed, "latency_ms": NO_LATENCY, "status": "ok", "control": True}
+
+
+def empty_quality(task: Task) -> dict[str, Any]:
+    """The quality of a row that was not measured."""
+    return {"metric": task.metric, "mean": None, "spread": None, "seeds": []}

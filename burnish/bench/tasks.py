@@ -1,0 +1,144 @@
+"""What a model is measured on: rows to train on, rows to test on, and a metric.
+
+Metrics: `exact_match`, the share of rows whose greedy continuation begins with the expected completion (what follows
+it is not judged); `accuracy` of a classifier; `perplexity`, exp of the mean loss per trained token.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from burnish.config import UserError, from_mapping, nearest
+from burnish.model.bundle import Model
+from burnish.model.example import Example
+from burnish.store.data import Row, encode_classification, encode_rows, read_rows, split_rows
+from burnish.store.rows import detect_format, rename_columns
+
+Metric = Literal["auto", "exact_match", "accuracy", "perplexity"]
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A task on the user's own data. With `label_column` it is a classification of one or two `text_columns`;
+    otherwise rows of any format that `burnish tune` takes."""
+
+    name: str
+    data: str = ""
+    eval_data: str = ""
+    eval_fraction: float = 0.2
+    metric: Metric = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    text_columns: list[str] = field(default_factory=list)
+    label_column: str = ""
+    max_length: int = 512
+    max_rows: int = 0
+    split: Literal["test", "dev"] = "test"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows of a task. `label_names` is empty unless the task is a classification."""
+
+    config: TaskConfig
+    metric: str
+    train: list[Row]
+    test: list[Row]
+    label_names: list[str]
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    def encode(self, model: Model, rows: list[Row]) -> list[Example]:
+        """The rows as examples for this model's tokenizer."""
+        config = self.config
+        if self.label_names:
+            columns, label = config.text_columns, config.label_column
+            found, _ = encode_classification(
+                rows, model.tokenizer, columns, label, self.label_names, config.max_length, self.name
+            )
+            return found
+        return encode_rows(rows, model.tokenizer, config.max_length, where=self.name, columns=config.columns or None)
+
+
+def parse_task(item: str | Mapping[str, Any]) -> TaskConfig:
+    """A built-in task's name, or a mapping of `TaskConfig`. Raises UserError naming the nearest."""
+    from burnish.world import TASKS
+
+    if isinstance(item, Mapping):
+        config = from_mapping(TaskConfig, dict(item), f"task '{item.get('name', '?')}'")
+    else:
+        config = TaskConfig(item)
+    if not config.data and config.name not in TASKS:
+        raise UserError(
+            f"task '{config.name}' is not built in{nearest(config.name, TASKS)}; built in: {', '.join(TASKS)}; "
+            "for your own give name and data"
+        )
+    return config
+
+
+def load_task(config: TaskConfig) -> Task:
+    """Read the task's rows and split off test rows where no eval_data is given."""
+    if not config.data:
+        from burnish.world import TASKS
+
+        make = TASKS[config.name]
+        return limited(Task(config, "exact_match", make("train"), make(config.split), []), config.max_rows)
+    train = read_rows(config.data)
+    if config.eval_data:
+        test = read_rows(config.eval_data)
+    else:
+        train, test = split_rows(train, config.eval_fraction, seed=0)
+    if not train or not test:
+        raise UserError(f"task '{config.name}': {len(train)} rows to train on and {len(test)} to test on; give more data")
+    names: list[str] = []
+    if config.label_column:
+        if not config.text_columns:
+            raise UserError(f"task '{config.name}': label_column needs text_columns; columns: {', '.join(train[0])}")
+        have = {str(row[config.label_column]) for row in train if config.label_column in row}
+        names = sorted(have) or [""]
+    metric: str = config.metric
+    if metric == "auto":
+        renamed = rename_columns(train, config.columns, config.name) if config.columns else train
+        kind = "label" if names else detect_format(renamed, config.name, config.columns)
+        metric = {"label": "accuracy", "prompt_completion": "exact_match"}.get(kind, "perplexity")
+    if (metric == "accuracy") != bool(names):
+        raise UserError(f"task '{config.name}': metric {metric} does not go with label_column '{config.label_column}'")
+    return limited(Task(config, metric, train, test, names), config.max_rows)
+
+
+def limited(task: Task, count: int) -> Task:
+    """The task with at most `count` rows of each kind, drawn with a fixed seed; 0 for all."""
+    if not count:
+        return task
+
+    def some(rows: list[Row]) -> list[Row]:
+        return random.Random(0).sample(rows, min(count, len(rows)))
+
+    return Task(task.config, task.metric, some(task.train), some(task.test), task.label_names)
+
+
+def target_column(task: Task) -> str:
+    """The column that holds what a row should be answered with."""
+    return task.config.label_column or task.config.columns.get("completion", "completion")
+
+
+def majority(task: Task) -> float | None:
+    """The score of always giving the most frequent training answer; None where the metric has no such score."""
+    column = target_column(task)
+    if task.metric == "perplexity" or not task.train or column not in task.train[0]:
+        return None
+    common = Counter(str(row[column]) for row in task.train).most_common(1)[0][0]
+    return sum(str(row[column]) == common for row in task.test) / len(task.test)
+
+
+def shuffled(task: Task, seed: int) -> list[Row]:
+    """The training rows with their answers dealt out at random: what a model learns without the connection."""
+    column = target_column(task)
+    answers = [row[column] for row in task.train]
+    random.Random(seed).shuffle(answers)
+    return [{**row, column: answer} for row, answer in zip(task.train, answers, strict=True)]

@@ -1,0 +1,91 @@
+"""`burnish tune`: adapt a model to the user's data with a chain of techniques."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from burnish import chain, device
+from burnish.config import UserError, from_mapping, to_mapping
+from burnish.engine.progress import Terminal
+from burnish.engine.settings import TrainConfig
+from burnish.engine.train import train
+from burnish.model.bundle import Context
+from burnish.plan import check_memory
+from burnish.store.checkpoint import load, resolve, save
+from burnish.store.data import encode_classification, encode_rows
+from burnish.store.rows import read_rows, split_rows
+from burnish.store.tensors import write_json
+
+
+@dataclass(frozen=True)
+class TuneConfig(TrainConfig):
+    """A training run on a model and data. Classification is chosen by `label_column`, and then the chain starts with
+    a new head unless it has one."""
+
+    positional: ClassVar[str] = "model"
+    model: str = field(default="pebble", metadata={"help": "checkpoint folder, hub id or 'pebble'"})
+    techniques: list[Any] = field(
+        default_factory=lambda: ["lora"], metadata={"help": "chain, as in '[nf4, {lora: {r: 8}}]'"}
+    )
+    data: str = field(default="", metadata={"help": "rows to train on: a file, a folder or a hub id"})
+    eval_data: str = field(default="", metadata={"help": "rows to evaluate on"})
+    eval_fraction: float = field(default=0.0, metadata={"help": "share of data split off to evaluate on"})
+    columns: dict[str, str] = field(default_factory=dict, metadata={"help": "your names, as in '{prompt: question}'"})
+    train_on: Literal["completion", "all"] = field(default="completion", metadata={"help": "which tokens carry loss"})
+    text_columns: list[str] = field(default_factory=list, metadata={"help": "one or two texts to classify"})
+    label_column: str = field(default="", metadata={"help": "column with the class; makes it a classification"})
+    dtype: str = field(default="", metadata={"help": "load as bf16, fp16 or fp32; empty: as stored"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
+
+
+def run(config: TuneConfig) -> int:
+    """Train; `output_dir` gets the checkpoints while it runs, the adapted model or adapter, and the resolved config."""
+    if config.output_dir is None:
+        raise UserError("output_dir: say where the result goes, as in --output-dir runs/mine")
+    if not config.data:
+        raise UserError("data: say what to train on, as in --data train.jsonl")
+    rows, held = read_rows(config.data), []
+    if config.eval_data:
+        held = read_rows(config.eval_data)
+    elif config.eval_fraction:
+        rows, held = split_rows(rows, config.eval_fraction, config.seed)
+    folder = resolve(config.model)
+    techniques = list(config.techniques)
+    names: list[str] = []
+    if config.label_column:
+        names = sorted({str(row.get(config.label_column, "")) for row in rows})
+        if not any("transfer" in item for item in techniques):
+            techniques.insert(0, {"transfer": {"num_labels": len(names), "label_names": names}})
+    chain.parse_chain(techniques)
+    check_memory(folder, [techniques], config.per_device_train_batch_size, config.max_length)
+
+    model = load(config.model, device.parse_dtype(config.dtype or None), device.pick_device(config.device))
+
+    def encoded(part: list[dict[str, Any]], where: str) -> list[Any]:
+        if names:
+            texts, label = config.text_columns, config.label_column
+            return encode_classification(part, model.tokenizer, texts, label, names, config.max_length, where)[0]
+        return encode_rows(part, model.tokenizer, config.max_length, config.train_on, where, config.columns or None)
+
+    examples, held_examples = encoded(rows, config.data), encoded(held, config.eval_data or config.data) if held else []
+    torch.manual_seed(config.seed)
+    chain.apply(model, techniques, Context(seed=config.seed))
+    count, total = sum(p.numel() for p in model.trainable().values()), model.parameter_count()
+    print(f"{len(examples)} examples; {count:,} of {total:,} parameters train ({count / total:.2%})")
+    settings = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
+    result = train(model, examples, from_mapping(TrainConfig, settings, "tune"), held_examples or None, Terminal())
+    chain.finalize(model)
+    save(model, config.output_dir)
+    write_json(to_mapping(config), Path(config.output_dir) / "tune.json")
+    summary = {"steps": result.steps, "seconds": round(result.seconds, 1), "losses": result.losses}
+    summary |= {"eval_losses": result.eval_losses, "peak_memory_bytes": result.peak_memory}
+    write_json(summary, Path(config.output_dir) / "training.json")
+    last = f", evaluation loss {result.eval_losses[-1][1]:.4f}" if result.eval_losses else ""
+    final = f"loss {result.losses[-1][1]:.4f}" if result.losses else json.dumps(result.losses)
+    print(f"{result.steps} steps in {result.seconds:.0f} s, {final}{last}; saved to {config.output_dir}")
+    return 0

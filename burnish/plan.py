@@ -1,0 +1,130 @@
+"""`burnish plan`: memory predicted from a model's shape, before anything is loaded.
+
+Per parameter: 4 bytes of float32 master, 4 of gradient and 8 of AdamW's two moments where it trains, its storage where
+it is frozen. Activations are counted from what a layer keeps for its backward pass; they are an estimate.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from burnish import chain, device
+from burnish.config import UserError
+from burnish.model.bundle import Model
+from burnish.model.families import read_spec
+from burnish.model.transformer import Transformer
+from burnish.store.checkpoint import read_json, resolve
+from burnish.store.tensors import read_folder
+from burnish.store.tokenizer import load_tokenizer
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """One model and one chain of techniques."""
+
+    positional: ClassVar[str] = "model"
+    model: str = field(default="pebble", metadata={"help": "checkpoint folder, hub id or 'pebble'"})
+    techniques: list[Any] = field(default_factory=list, metadata={"help": "chain, as in '[nf4, {lora: {r: 8}}]'"})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "rows per step"})
+    max_length: int = field(default=512, metadata={"help": "tokens per row"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "keep one activation per layer"})
+    json: bool = field(default=False, metadata={"help": "print JSON"})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes that running and training a chain will take, and parameters."""
+
+    parameters: int
+    trainable: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    cache: int
+
+    @property
+    def inference(self) -> int:
+        return self.weights + self.cache
+
+    @property
+    def training(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def plan(
+    source: str | Path,
+    techniques: Sequence[Any] = (),
+    rows: int = 8,
+    tokens: int = 512,
+    gradient_checkpointing: bool = False,
+) -> Plan:
+    """Predict for the checkpoint `source` with a chain and batches of `rows` x `tokens`.
+
+    Only headers are read: the chain is applied to a network without storage (torch's meta device).
+    """
+    folder = resolve(source)
+    hf_config = read_json(folder / "config.json")
+    spec = read_spec(hf_config)
+    itemsize = max((entry.dtype.itemsize for entry in read_folder(folder).values()), default=2)
+    with torch.device("meta"):
+        net = Transformer(spec).to(torch.bfloat16 if itemsize == 2 else torch.float32)
+    model = chain.apply(Model(net, load_tokenizer(folder), hf_config), list(techniques))
+    trainable = sum(p.numel() for p in model.trainable().values())
+    stored = sum(p.numel() * p.element_size() for p in model.net.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.trainable().values())
+    kept = spec.hidden_size if gradient_checkpointing else 12 * spec.hidden_size + 4 * spec.intermediate_size
+    active = rows * tokens * itemsize * (spec.num_layers * kept + 4 * spec.hidden_size) if trainable else 0
+    cache = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * rows * tokens * itemsize
+    return Plan(
+        parameters=model.parameter_count(),
+        trainable=trainable,
+        weights=stored - trained + (4 * trainable if trainable else 0),
+        gradients=4 * trainable,
+        optimizer=8 * trainable,
+        activations=active,
+        cache=cache if spec.causal else 0,
+    )
+
+
+def check_memory(folder: Path, chains: Sequence[Sequence[Any]], rows: int = 1, tokens: int = 64) -> None:
+    """Raise UserError when this machine's free memory cannot hold the model with one of the chains."""
+    free = device.available_memory()
+    for techniques in chains:
+        needed = plan(folder, techniques, rows, tokens)
+        most = max(needed.inference, needed.training)
+        if most > free:
+            raise UserError(
+                f"{folder} with {list(techniques) or 'no technique'}: needs about {most // MIB} MiB, {free // MIB} MiB are "
+                "free; choose a smaller model, nf4 with lora, or another machine"
+            )
+
+
+def run(config: PlanConfig) -> int:
+    """Print the prediction beside the memory that is free."""
+    found = plan(
+        config.model,
+        config.techniques,
+        config.per_device_train_batch_size,
+        config.max_length,
+        config.gradient_checkpointing,
+    )
+    free = device.available_memory()
+    if config.json:
+        print(json.dumps({**asdict(found), "inference": found.inference, "training": found.training, "free": free}))
+        return 0
+    print(f"parameters  {found.parameters:>14,}   trainable {found.trainable:,}")
+    for name in ("weights", "gradients", "optimizer", "activations", "cache"):
+        print(f"{name:<11} {getattr(found, name) / MIB:>10,.1f} MiB")
+    for name, needed in (("inference", found.inference), ("training", found.training)):
+        fits = "fits" if needed <= free else "does not fit"
+        print(f"{name:<11} {needed / MIB:>10,.1f} MiB   {fits} in the {free / MIB:,.0f} MiB that are free")
+    return 0

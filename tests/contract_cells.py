@@ -1,0 +1,169 @@
+"""What each technique does in each family and circumstance: the table that `test_contract.py` holds true.
+
+Run as a script it prints docs/capabilities.md: `python tests/contract_cells.py > docs/capabilities.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from burnish.chain import TECHNIQUES
+from burnish.model.families import FAMILIES
+from burnish.model.linear import Dense, Weight
+from burnish.model.transformer import Transformer
+
+WORKS, REFUSED, NOT_APPLICABLE = "works", "refused", "not applicable"
+
+CELLS = {
+    "plain": "on the checkpoint as it is: the outputs at the start are the expected ones, exactly the expected "
+    "parameters train and get gradients, and saving and loading, merging and finalizing keep the outputs",
+    "after NF4": "the same on a model whose projections were quantised to NF4 first",
+    "left-padded": "rows of different length in one batch, padded on either side, give what each row alone gives",
+    "packed": "documents packed into one row give what each alone gives, and do not see each other",
+    "cached generation": "token by token with a key-value cache gives what one forward over everything gives",
+    "resume": "four training steps equal two, a checkpoint, and two more after a restart, to the last bit",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the contract expects of one technique.
+
+    `start`: the outputs after `apply` are the base's ("base"), the hidden states are ("hidden"), they are those of
+    the base with the stored weights ("weights"), or they are the base's where a row has no virtual token ("soft").
+    `trains`: names of the trainable parameters. `trained_with`: what trains it in the resume cell, where it has no
+    trainable parameter of its own.
+    """
+
+    start: Literal["base", "hidden", "weights", "soft"]
+    trains: Callable[[Transformer], set[str]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    trained_with: str = ""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Cells that do not work, and why; a refusal's reason is part of the error's text. None stands for all."""
+
+    status: str
+    reason: str
+    techniques: set[str] | None = None
+    families: set[str] | None = None
+    cells: set[str] | None = None
+
+    def covers(self, *where: str) -> bool:
+        wanted = (self.techniques, self.families, self.cells)
+        return all(names is None or name in names for names, name in zip(wanted, where, strict=True))
+
+
+PROJECTIONS = {
+    "llama": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    + ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    "bloom": ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"),
+    "gpt2": ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"),
+    "bert": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    + ("mlp.up_proj", "mlp.down_proj"),
+}
+
+
+def nothing(net: Transformer) -> set[str]:
+    return set()
+
+
+def everything(net: Transformer) -> set[str]:
+    """All parameters but quantised storage."""
+    stored = [f"{path}." for path, m in net.named_modules() if isinstance(m, Weight) and not isinstance(m, Dense)]
+    return {name for name, _ in net.named_parameters() if not name.startswith(tuple(stored))}
+
+
+def low_rank(net: Transformer) -> set[str]:
+    spec = net.spec
+    paths = [f"layers.{i}.{name}" for i in range(spec.num_layers) for name in PROJECTIONS[spec.family]]
+    return {f"{path}.lora_{letter}" for path in paths for letter in "AB"}
+
+
+def new_head(net: Transformer) -> set[str]:
+    head = {"score.weight.dense"}
+    return head if net.spec.causal else head | {"score.bias", "pooler.weight.dense", "pooler.bias"}
+
+
+def prompt_encoder(net: Transformer) -> set[str]:
+    lstm = {
+        f"lstm.{kind}_l{layer}{way}"
+        for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        for layer in (0, 1)
+        for way in ("", "_reverse")
+    }
+    mlp = {f"mlp.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")}
+    return {f"techniques.p_tuning.{name}" for name in {"embedding.weight"} | lstm | mlp}
+
+
+def prefix_encoder(net: Transformer) -> set[str]:
+    mlp = {f"mlp.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")}
+    return {f"techniques.prefix_tuning.{name}" for name in {"embedding.weight"} | mlp}
+
+
+ROWS = {
+    "full": Row("base", everything),
+    "transfer": Row("hidden", new_head),
+    "lora": Row("base", low_rank, {"r": 4, "target_modules": "all-linear"}),
+    "prompt_tuning": Row("soft", lambda net: {"techniques.prompt_tuning.embedding"}, {"num_virtual_tokens": 4}),
+    "p_tuning": Row("soft", prompt_encoder, {"template": "[P*2] {prompt} [P*2]"}),
+    "prefix_tuning": Row("soft", prefix_encoder, {"num_virtual_tokens": 4, "encoder_hidden_size": 16}),
+    "int8": Row("weights", nothing, trained_with="lora"),
+    "nf4": Row("weights", nothing, trained_with="lora"),
+    "magnitude": Row("weights", nothing, trained_with="full"),
+}
+
+ENCODERS = {name for name, family in FAMILIES.items() if family.constants["kind"] == "encoder"}
+
+LIMITS = (
+    Limit(REFUSED, "keeps no key-value cache to put a prefix into", {"prefix_tuning"}, ENCODERS),
+    Limit(REFUSED, "a chain applies each once", {"nf4"}, cells={"after NF4"}),
+    Limit(REFUSED, "prune before quantising", {"magnitude"}, cells={"after NF4"}),
+    Limit(REFUSED, "classified examples cannot be packed, as a row has one class", {"transfer"}, cells={"packed"}),
+    Limit(NOT_APPLICABLE, "an encoder does not generate", families=ENCODERS, cells={"cached generation"}),
+    Limit(NOT_APPLICABLE, "a classifier does not generate", {"transfer"}, cells={"cached generation"}),
+)
+
+
+def outcome(technique: str, family: str, cell: str) -> tuple[str, str]:
+    """(works, refused or not applicable; the reason)."""
+    found = (limit for limit in LIMITS if limit.covers(technique, family, cell))
+    return next(((limit.status, limit.reason) for limit in found), (WORKS, ""))
+
+
+def page() -> str:
+    """docs/capabilities.md."""
+    lines = [
+        "# What works where",
+        "",
+        "Every technique on every model family. `tests/test_contract.py` runs each cell of these tables on a small "
+        "random model of the family; the page is written from the same table by "
+        "`python tests/contract_cells.py > docs/capabilities.md`.",
+        "",
+        *(f"- **{cell}**: {meaning}." for cell, meaning in CELLS.items()),
+        "",
+        "**yes** is tested. **refused** is an error of one line with the reason; **–** has no meaning there. The "
+        "numbers lead to the reasons below.",
+    ]
+    reasons: list[str] = []
+    for family in FAMILIES:
+        lines += ["", f"## {family}", "", f"| technique | {' | '.join(CELLS)} |", "|---" * (len(CELLS) + 1) + "|"]
+        for technique in TECHNIQUES:
+            cells = []
+            for cell in CELLS:
+                status, reason = outcome(technique, family, cell)
+                if reason and reason not in reasons:
+                    reasons.append(reason)
+                mark = {WORKS: "yes", REFUSED: "refused", NOT_APPLICABLE: "–"}[status]
+                cells.append(f"{mark} ({reasons.index(reason) + 1})" if reason else mark)
+            lines.append(f"| `{technique}` | {' | '.join(cells)} |")
+    lines += ["", "## Reasons", "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, start=1))]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")
