@@ -47,9 +47,7 @@ HOOKS = {
 def technique(name: str) -> ModuleType:
     """The module of a registered technique. Raises UserError naming the nearest."""
     if name not in TECHNIQUES:
-        raise UserError(
-            f"technique '{name}' is unknown{nearest(name, TECHNIQUES)}; known: {', '.join(TECHNIQUES)}"
-        )
+        raise UserError(f"technique '{name}' is unknown{nearest(name, TECHNIQUES)}; known: {', '.join(TECHNIQUES)}")
     return importlib.import_module(TECHNIQUES[name])
 
 
@@ -72,9 +70,7 @@ def parse_chain(techniques: Sequence[TechniqueSpec] | TechniqueSpec) -> list[tup
     return parsed
 
 
-def apply(
-    model: Model, techniques: Sequence[TechniqueSpec] | TechniqueSpec, context: Context | None = None
-) -> Model:
+def apply(model: Model, techniques: Sequence[TechniqueSpec] | TechniqueSpec, context: Context | None = None) -> Model:
     """Freeze the model (on the first call), then apply the techniques in order. Changes and returns `model`."""
     if not model.chain:
         model.net.requires_grad_(False)
@@ -90,9 +86,7 @@ def rebuild(model: Model, chain: Sequence[Mapping[str, Any]]) -> Model:
     """Repeat the structure of a stored chain ([{"name", "config"}]) without data; weights are loaded afterwards."""
     model.net.requires_grad_(False)
     for entry in chain:
-        config = from_mapping(
-            technique(entry["name"]).Config, entry["config"], f"technique '{entry['name']}'"
-        )
+        config = from_mapping(technique(entry["name"]).Config, entry["config"], f"technique '{entry['name']}'")
         technique(entry["name"]).rebuild(model, config)
         model.chain.append(Link(entry["name"], config))
     return model

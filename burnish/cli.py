@@ -46,7 +46,7 @@ VERBS = {
         "burnish.store.preview:run",
         "burnish.store.preview:PreviewConfig",
         "the rows as the model will see them, with the tokens that carry loss in colour",
-        "burnish data preview train.jsonl",
+        "burnish data preview recipes/data/chat.jsonl",
     ),
     "pretrain": Verb(
         "burnish.engine.procedures.pretrain:run",
@@ -64,19 +64,19 @@ VERBS = {
         "burnish.store.merge:run",
         "burnish.store.merge:MergeConfig",
         "fold an adapter into its base model",
-        "burnish merge runs/lora",
+        "burnish merge runs/lora --output-dir runs/merged",
     ),
     "quantize": Verb(
         "burnish.engine.procedures.compress:run",
         "burnish.engine.procedures.compress:QuantizeConfig",
         "store a model's weights in fewer bits",
-        "burnish quantize pebble --method nf4",
+        "burnish quantize pebble --method nf4 --output-dir runs/pebble-nf4",
     ),
     "generate": Verb(
         "burnish.engine.text:run",
         "burnish.engine.text:GenerateConfig",
         "continue a prompt",
-        "burnish generate pebble --prompt 'Once upon a time'",
+        "burnish generate pebble --prompt 'Question: Where was Maren Larquist born? Answer:'",
     ),
     "chat": Verb(
         "burnish.engine.text:run_chat",
@@ -87,7 +87,7 @@ VERBS = {
     "eval": Verb(
         "burnish.bench.measure:run",
         "burnish.bench.measure:EvalConfig",
-        "a model's quality, latency, memory and size",
+        "a model's quality on built-in tasks or your own rows",
         "burnish eval pebble",
     ),
     "env": Verb(

@@ -96,10 +96,16 @@ def plan(
 
 
 def check_memory(folder: Path, chains: Sequence[Sequence[Any]], rows: int = 1, tokens: int = 64) -> None:
-    """Raise UserError when this machine's free memory cannot hold the model with one of the chains."""
+    """Raise UserError when this machine's free memory cannot hold the model with one of the chains.
+
+    A chain that does not fit the model is passed over: it says so itself when it is applied.
+    """
     free = device.available_memory()
     for techniques in chains:
-        needed = plan(folder, techniques, rows, tokens)
+        try:
+            needed = plan(folder, techniques, rows, tokens)
+        except UserError:
+            continue
         most = max(needed.inference, needed.training)
         if most > free:
             raise UserError(

@@ -120,7 +120,7 @@ ROWS = {
 ENCODERS = {name for name, family in FAMILIES.items() if family.constants["kind"] == "encoder"}
 
 LIMITS = (
-    Limit(REFUSED, "keeps no key-value cache to put a prefix into", {"prefix_tuning"}, ENCODERS),
+    Limit(REFUSED, "encoder keeps no key-value cache to put a prefix into", {"prefix_tuning"}, ENCODERS),
     Limit(REFUSED, "a chain applies each once", {"nf4"}, cells={"after NF4"}),
     Limit(REFUSED, "prune before quantising", {"magnitude"}, cells={"after NF4"}),
     Limit(REFUSED, "classified examples cannot be packed, as a row has one class", {"transfer"}, cells={"packed"}),

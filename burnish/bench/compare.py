@@ -54,7 +54,7 @@ class CompareConfig:
     )
     workers: int = field(default=0, metadata=_help("training jobs at a time; 0: one per core, at most 4"))
     timeout: float = field(default=1800, metadata=_help("seconds that one job may take"))
-    memory_limit: float = field(default=0, metadata=_help("bytes that one job may allocate; 0: no limit"))
+    memory_limit: float = field(default=0, metadata=_help("bytes that one job may allocate; 0: all"))
     output_dir: Path = field(default=Path("runs/compare"), metadata=_help("folder of results.json and report.html"))
     overwrite: bool = field(default=False, metadata=_help("replace another comparison in output_dir"))
     json: bool = field(default=False, metadata=_help("print results.json"))

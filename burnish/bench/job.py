@@ -28,7 +28,7 @@ from burnish.engine.settings import TrainConfig
 from burnish.engine.train import train
 from burnish.model.bundle import Context, Model
 from burnish.model.example import Example
-from burnish.store.checkpoint import load, save
+from burnish.store.checkpoint import load, resolve, save
 from burnish.store.tensors import write_json
 
 Job = Mapping[str, Any]
@@ -37,7 +37,7 @@ Job = Mapping[str, Any]
 def artifact_bytes(model: Model, folder: Path) -> int:
     """Bytes of the tensors that `save` writes for the model, or of the base itself where nothing was applied."""
     if not model.chain:
-        return sum(path.stat().st_size for path in Path(model.path).glob("*.safetensors"))
+        return sum(path.stat().st_size for path in resolve(model.path).glob("*.safetensors"))
     return sum(path.stat().st_size for path in save(model, folder).glob("*.safetensors"))
 
 
@@ -118,15 +118,23 @@ KINDS = {"quality": quality, "fit": fit, "serve": serve}
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "Cannot allocate memory")
 
 
+def limit_memory(count: int) -> None:
+    """Let this process allocate `count` bytes more than it has now (Linux; elsewhere nothing happens)."""
+    import resource
+
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmData"))
+        limit = int(line.split()[1]) * 1024 + count
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
 def main(job_path: str, result_path: str) -> int:
     """Run the job and write {"status", "error", ...}; the exit status is 0 whenever a result was written."""
     job = json.loads(Path(job_path).read_text())
     torch.set_num_threads(job["threads"])
     if job.get("memory_limit"):
-        import resource
-
-        limit = int(job["memory_limit"])
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        limit_memory(int(job["memory_limit"]))
     try:
         result = {"status": "ok", "error": None, **KINDS[job["kind"]](job)}
     except UserError as error:

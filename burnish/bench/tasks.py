@@ -94,7 +94,9 @@ def load_task(config: TaskConfig) -> Task:
     else:
         train, test = split_rows(train, config.eval_fraction, seed=0)
     if not train or not test:
-        raise UserError(f"task '{config.name}': {len(train)} rows to train on and {len(test)} to test on; give more data")
+        raise UserError(
+            f"task '{config.name}': {len(train)} rows to train on and {len(test)} to test on; give more data"
+        )
     names: list[str] = []
     if config.label_column:
         if not config.text_columns:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from burnish.kernels import native
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import Weight
 from burnish.model.surgery import linears, select
@@ -56,14 +57,17 @@ class Int8(Weight):
         return cls(torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows))
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        packed = x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) <= 32 and self.shape[1] % 16 == 0
-        if not packed or (torch.is_grad_enabled() and x.requires_grad):
+        if not native.takes(x, bias):
             return super().matmul(x, bias)
-        out = torch._weight_int8pack_mm(x.contiguous(), self.values, self.scale.to(x.dtype))
-        return out if bias is None else out + bias.to(x.dtype)
+        return native.int8_matmul(x, bias, self.values, self.scale)
 
     def dequantize(self) -> Tensor:
-        return self.values * self.scale[:, None]
+        return self.dequantize_to(torch.float32)
+
+    def dequantize_to(self, dtype: torch.dtype) -> Tensor:
+        if native.usable(self.values.device, dtype):
+            return native.int8_dequantize(dtype, self.values, self.scale)
+        return (self.values * self.scale[:, None]).to(dtype)
 
     def shard(self, dim: int, rank: int, world: int) -> Int8:
         scale = self.scale.chunk(world)[rank].clone() if dim == 0 else self.scale.clone()

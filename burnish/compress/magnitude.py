@@ -78,9 +78,7 @@ def keep(weight: Tensor, sparsity: float, pattern: str) -> Tensor:
 def apply(model: Model, config: Config, context: Context) -> Config:
     """Prune the targets now and keep the masks. Raises UserError for quantised targets or an impossible pattern."""
     if not 0 <= config.sparsity < 1:
-        raise UserError(
-            f"technique '{NAME}': sparsity is {config.sparsity}; it must be at least 0 and below 1"
-        )
+        raise UserError(f"technique '{NAME}': sparsity is {config.sparsity}; it must be at least 0 and below 1")
     targets = select(model.net, config.target_modules)
     if config.pattern != "unstructured":
         match = re.fullmatch(r"(\d+):(\d+)", config.pattern)
@@ -89,9 +87,7 @@ def apply(model: Model, config: Config, context: Context) -> Config:
                 f"technique '{NAME}': pattern '{config.pattern}' is neither 'unstructured' nor 'n:m', n < m"
             )
         if any(linear.in_features % int(match[2]) for _, linear in targets):
-            raise UserError(
-                f"technique '{NAME}': pattern {config.pattern} needs input widths that {match[2]} divides"
-            )
+            raise UserError(f"technique '{NAME}': pattern {config.pattern} needs input widths that {match[2]} divides")
         config = replace(config, sparsity=1 - int(match[1]) / int(match[2]))
     weights = [dense(linear, path) for path, linear in targets]
     if config.scope == "global" and config.pattern == "unstructured":

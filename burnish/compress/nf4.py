@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from burnish.kernels import native
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import Weight
 from burnish.model.surgery import linears, select
@@ -68,6 +70,19 @@ def dynamic_map() -> Tensor:
     return torch.tensor(sorted(values))
 
 
+@cache
+def levels(device: torch.device | str) -> Tensor:
+    """(16,) the levels on a device."""
+    return torch.tensor(LEVELS, device=device)
+
+
+@cache
+def level_pairs(device: torch.device | str) -> Tensor:
+    """(256, 2) the levels of a byte's high and low nibbles on a device."""
+    byte = torch.arange(256, device=device)
+    return levels(device)[torch.stack((byte >> 4, byte & 15), dim=1)]
+
+
 def nearest_code(x: Tensor, code: Tensor) -> Tensor:
     """Index of the nearest level of an ascending code for every element of x."""
     return torch.bucketize(x, (code[1:] + code[:-1]) / 2)
@@ -99,7 +114,7 @@ class NF4(Weight):
         """dense (out, in), any floating dtype."""
         rows = blocks(dense.detach().float(), BLOCK)
         absmax = rows.abs().amax(dim=1)
-        codes = nearest_code(normalise(rows, absmax), torch.tensor(LEVELS, device=dense.device))
+        codes = nearest_code(normalise(rows, absmax), levels(dense.device))
         codes = codes.to(torch.uint8).view(-1, 2)[: -(-dense.numel() // 2)]
         tensors = {"packed": codes[:, 0] << 4 | codes[:, 1], "absmax": absmax}
         if double_quant:
@@ -133,12 +148,27 @@ class NF4(Weight):
         wide = dynamic_map().to(self.absmax.device)[groups] * self.absmax2[:, None]
         return wide.view(-1)[: len(self.absmax)] + self.offset
 
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.shape[1] % BLOCK or not native.takes(x, bias):
+            return super().matmul(x, bias)
+        return native.nf4_matmul(x, bias, self.shape[0], self.packed, self._stored_constants(), levels("cpu"))
+
     def dequantize(self) -> Tensor:
-        levels = torch.tensor(LEVELS, device=self.packed.device)
-        pairs = torch.stack((levels[(self.packed >> 4).int()], levels[(self.packed & 15).int()]), dim=1)
+        return self.dequantize_to(torch.float32)
+
+    def dequantize_to(self, dtype: torch.dtype) -> Tensor:
+        if native.usable(self.packed.device, dtype):
+            return native.nf4_dequantize(self.shape, dtype, self.packed, self._stored_constants(), levels("cpu"))
         count = self.shape[0] * self.shape[1]
+        pairs = F.embedding(self.packed.int(), level_pairs(self.packed.device))  # (bytes, 2)
         wide = blocks(pairs.view(-1)[:count], BLOCK) * self.constants()[:, None]
-        return wide.view(-1)[:count].view(self.shape)
+        return wide.view(-1)[:count].view(self.shape).to(dtype)
+
+    def _stored_constants(self) -> tuple[Tensor, ...]:
+        """As `native` takes them."""
+        if self.absmax.dtype != torch.uint8:
+            return (self.absmax,)
+        return self.absmax, self.absmax2, self.offset, dynamic_map()
 
     def shard(self, dim: int, rank: int, world: int) -> NF4:
         part = self.dequantize().chunk(world, dim)[rank]

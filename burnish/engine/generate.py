@@ -8,11 +8,9 @@ technique adds comes through the hooks of `burnish.chain`.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -141,15 +139,9 @@ def stream(model: Model, prompts: Sequence[Prompt], config: GenerationConfig = G
 
 
 def eos_ids(model: Model) -> set[int]:
-    """The ids that end a text: the tokenizer's, and those in the base folder's generation_config.json."""
-    found = {getattr(model.tokenizer, "eos_token_id", None)}
-    path = Path(model.path) / "generation_config.json"
-    if model.path and path.exists():
-        try:
-            listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path}: not a JSON object ({error})") from None
-        found |= set(listed) if isinstance(listed, list) else {listed}
+    """The ids that end a text: the tokenizer's, and those of the generation config."""
+    listed = model.generation_config.get("eos_token_id")
+    found = {getattr(model.tokenizer, "eos_token_id", None), *(listed if isinstance(listed, list) else [listed])}
     return {token for token in found if token is not None}
 
 
@@ -200,9 +192,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, prompt: Sequence[int] = (), stop: Sequence[str] = ()):
         self.tokenizer, self.stop = tokenizer, stop
         self.window = list(prompt[-CONTEXT:])
-        self.before = self._decode(self.window)
-        if self.before.endswith(BROKEN):
-            self.window, self.before = [], ""
+        self.before = self._decode(self.window).rstrip(BROKEN)
         self.known = len(self.window)  # tokens of the window whose text has been given
         self.held = ""
         self.stopped = False
@@ -282,8 +272,6 @@ def _batch(model: Model, rows: Sequence[_Row]) -> tuple[dict[str, Tensor], int]:
     """The prompts as a left-padded batch on the model's device, and the length of the prefix before it."""
     batch = collate([row.example for row in rows], pad_id(model), side="left")
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    if "virtual_tokens" in batch:  # the row's own length at its padding too, which stands first
-        batch["virtual_tokens"] = batch["virtual_tokens"][:, -1:].expand_as(batch["input_ids"])
     return batch, max((hook(batch).size for hook in chain.hooks(model, "initial_cache")), default=0)
 
 

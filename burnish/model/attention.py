@@ -136,7 +136,5 @@ class Attention(nn.Module):
             k = torch.cat((prefix.keys[self.layer].expand(expand).to(k.dtype), k), dim=2)
             v = torch.cat((prefix.values[self.layer].expand(expand).to(v.dtype), v), dim=2)
         grouped = self.spec.num_kv_heads != self.spec.num_heads
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=frame.mask, is_causal=frame.causal, enable_gqa=grouped
-        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=frame.mask, is_causal=frame.causal, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).reshape(frame.batch * frame.length, -1))

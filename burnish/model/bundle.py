@@ -32,7 +32,9 @@ class Context:
 
 @dataclass
 class Model:
-    """A network with its tokenizer, its Hugging Face config, where it came from and what was applied to it.
+    """A network with its tokenizer, its Hugging Face configs, where it came from and what was applied to it.
+
+    `path` names the base so that it can be found again: a hub id, "pebble", or an absolute folder.
 
     `identity` is the SHA-256 of the base checkpoint's weights, "" for a model that was never on disk.
     """
@@ -42,6 +44,7 @@ class Model:
     hf_config: dict[str, Any]
     path: str = ""
     identity: str = ""
+    generation_config: dict[str, Any] = field(default_factory=dict)
     chain: list[Link] = field(default_factory=list)
 
     @property

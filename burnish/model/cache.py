@@ -37,9 +37,7 @@ class KVCache:
     `valid` (B, capacity) marks slots that hold a real token, `positions` (B, capacity) their position.
     """
 
-    def __init__(
-        self, spec: Spec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ):
+    def __init__(self, spec: Spec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
         shape = (spec.num_layers, batch, spec.num_kv_heads, capacity, spec.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -63,9 +61,7 @@ class KVCache:
         self.keys[:, :, :, :size] = prefix.keys
         self.values[:, :, :, :size] = prefix.values
         slots = torch.arange(size, device=self.valid.device)
-        lengths = (
-            slots.new_full((len(self.valid), 1), size) if prefix.lengths is None else prefix.lengths[:, :1]
-        )
+        lengths = slots.new_full((len(self.valid), 1), size) if prefix.lengths is None else prefix.lengths[:, :1]
         self.positions[:, :size] = slots - (size - lengths)
         self.valid[:, :size] = self.positions[:, :size] >= 0
         self.length = size

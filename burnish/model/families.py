@@ -59,9 +59,7 @@ def _activation(key: str, default: str) -> Callable[[Config], str]:
     def read(config: Config) -> str:
         name = config.get(key, default)
         if name not in ACTIVATION_NAMES:
-            raise UserError(
-                f"config.json: activation '{name}' is not supported; known: {sorted(ACTIVATION_NAMES)}"
-            )
+            raise UserError(f"config.json: activation '{name}' is not supported; known: {sorted(ACTIVATION_NAMES)}")
         return ACTIVATION_NAMES[name]
 
     return read
@@ -121,9 +119,7 @@ BLOOM = Family(
         "num_layers": ("n_layer", "num_hidden_layers"),
         "num_heads": ("n_head", "num_attention_heads"),
         "num_kv_heads": ("n_head", "num_attention_heads"),
-        "head_dim": lambda c: (
-            c.get("hidden_size", c.get("n_embed")) // c.get("n_head", c.get("num_attention_heads"))
-        ),
+        "head_dim": lambda c: c.get("hidden_size", c.get("n_embed")) // c.get("n_head", c.get("num_attention_heads")),
         "intermediate_size": lambda c: 4 * c.get("hidden_size", c.get("n_embed")),
         "max_positions": lambda c: c.get("seq_length", 2048),
         "norm_eps": lambda c: c.get("layer_norm_epsilon", 1e-5),
@@ -203,9 +199,7 @@ GPT2 = Family(
     transposed=("qkv_proj", "o_proj", "up_proj", "down_proj"),
     ignored=("attn.bias", "attn.masked_bias"),
     refuse=lambda c: (
-        "scale_attn_by_inverse_layer_idx: true is not supported"
-        if c.get("scale_attn_by_inverse_layer_idx")
-        else None
+        "scale_attn_by_inverse_layer_idx: true is not supported" if c.get("scale_attn_by_inverse_layer_idx") else None
     ),
 )
 
@@ -274,9 +268,7 @@ def read_spec(config: Config, head: Head | None = None, pooler: bool = True) -> 
     name = str(config.get("model_type", ""))
     family = FAMILIES.get(name)
     if family is None:
-        raise UserError(
-            f"config.json: model_type '{name}' is not supported; supported: {', '.join(FAMILIES)}"
-        )
+        raise UserError(f"config.json: model_type '{name}' is not supported; supported: {', '.join(FAMILIES)}")
     reason = family.refuse(config)
     if reason:
         raise UserError(f"config.json: {reason}")
@@ -284,9 +276,7 @@ def read_spec(config: Config, head: Head | None = None, pooler: bool = True) -> 
     for target, source in family.fields.items():
         keys = (source,) if isinstance(source, str) else source
         try:
-            values[target] = (
-                source(config) if callable(source) else next(config[key] for key in keys if key in config)
-            )
+            values[target] = source(config) if callable(source) else next(config[key] for key in keys if key in config)
         except (KeyError, StopIteration) as error:
             raise UserError(
                 f"config.json: a {name} config needs '{error.args[0] if error.args else keys[0]}'"
@@ -294,9 +284,7 @@ def read_spec(config: Config, head: Head | None = None, pooler: bool = True) -> 
     heads = {architecture: key for key, architecture in family.architectures.items()}
     declared = (config.get("architectures") or [next(iter(family.architectures.values()))])[0]
     if head is None and declared not in heads:
-        raise UserError(
-            f"config.json: architecture '{declared}' is not supported; supported: {', '.join(heads)}"
-        )
+        raise UserError(f"config.json: architecture '{declared}' is not supported; supported: {', '.join(heads)}")
     values["head"] = head or heads[declared]
     if values["head"] == "classification":
         values["num_labels"] = len(config.get("id2label") or {}) or config.get("num_labels", 2)

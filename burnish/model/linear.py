@@ -25,6 +25,10 @@ class Weight(nn.Module):
         """The matrix as (out, in), in a floating dtype."""
         raise NotImplementedError
 
+    def dequantize_to(self, dtype: torch.dtype) -> Tensor:
+        """The matrix as (out, in) in `dtype`, for storage that can expand straight to it."""
+        return self.dequantize().to(dtype)
+
     def shard(self, dim: int, rank: int, world: int) -> Weight:
         """The `rank`-th of `world` equal parts along `dim` (0 splits outputs, 1 splits inputs)."""
         raise NotImplementedError
@@ -46,11 +50,11 @@ class FrozenMatmul(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
         ctx.has_bias = bias is not None
-        return F.linear(x, weight.dequantize().to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, weight.dequantize_to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad_x = grad @ ctx.weight.dequantize().to(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = grad @ ctx.weight.dequantize_to(grad.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias
 

@@ -35,9 +35,7 @@ def inverse_frequencies(spec: Spec, device: torch.device | None = None) -> Tenso
         turns = original * frequencies / (2 * math.pi)
         blend = ((turns - low) / (high - low)).clamp(0, 1)
         return frequencies * (blend + (1 - blend) / factor)
-    raise UserError(
-        f"config.json: rope_scaling type '{kind}' is not supported; known: default, linear, llama3"
-    )
+    raise UserError(f"config.json: rope_scaling type '{kind}' is not supported; known: default, linear, llama3")
 
 
 def rotary_angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -26,9 +26,7 @@ def insert(example: Example, at: int, slots: list[int]) -> Example:
         ids=example.ids[:at] + [0] * count + example.ids[at:],
         labels=example.labels[:at] + [IGNORE] * count + example.labels[at:],
         slots=old[:at] + slots + old[at:],
-        token_types=None
-        if types is None
-        else types[:at] + [types[min(at, len(types) - 1)]] * count + types[at:],
+        token_types=None if types is None else types[:at] + [types[min(at, len(types) - 1)]] * count + types[at:],
     )
 
 

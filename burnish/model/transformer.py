@@ -50,9 +50,7 @@ class MLP(nn.Module):
     def __init__(self, spec: Spec):
         super().__init__()
         self.act = ACTIVATIONS[spec.activation]
-        self.gate_proj = (
-            Linear(spec.hidden_size, spec.intermediate_size, spec.mlp_bias) if spec.gated else None
-        )
+        self.gate_proj = Linear(spec.hidden_size, spec.intermediate_size, spec.mlp_bias) if spec.gated else None
         self.up_proj = Linear(spec.hidden_size, spec.intermediate_size, spec.mlp_bias)
         self.down_proj = Linear(spec.intermediate_size, spec.hidden_size, spec.mlp_bias)
 
@@ -236,8 +234,7 @@ class Transformer(nn.Module):
 
     def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T, hidden) -> (B, hidden): the first token of an encoder, the last real token of a decoder."""
-        if not self.spec.causal:
-            return hidden[:, 0]
         steps = torch.arange(hidden.shape[1], device=hidden.device)
-        last = (attention_mask.long() * steps).argmax(dim=1)
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+        real = attention_mask.long()
+        chosen = (real * steps if self.spec.causal else real).argmax(dim=1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), chosen]

@@ -108,6 +108,4 @@ def rename(
         return native[foreign]
 
     chain[0]["config"]["target_modules"] = sorted(path(name) for name in chain[0]["config"]["target_modules"])
-    return {
-        f"{path(name.rpartition('.')[0])}.{name.rpartition('.')[2]}": entry for name, entry in tensors.items()
-    }
+    return {f"{path(name.rpartition('.')[0])}.{name.rpartition('.')[2]}": entry for name, entry in tensors.items()}

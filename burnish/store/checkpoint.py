@@ -10,7 +10,6 @@ of LoRA alone in PEFT's format.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,11 +81,12 @@ def load(
     saved = read_json(folder / "burnish.json") if (folder / "burnish.json").exists() else {}
     if (folder / "adapter_config.json").exists():
         chain, extras, base_name = adapters.read(folder)
-        base = resolve(based_on(folder, {"base": base_name, **saved}))
+        source = based_on(folder, {"base": base_name, **saved})
     else:
         chain = saved.get("chain", [])
         extras = read_folder(folder, "burnish") if (folder / "burnish.safetensors").exists() else {}
-        base = folder if saved.get("complete", True) else resolve(based_on(folder, saved))
+        source = source if saved.get("complete", True) else based_on(folder, saved)
+    base = resolve(source)
     if base != folder and saved.get("identity") and identity(base) != saved["identity"]:
         raise UserError(
             f"{folder}: made for a base with identity {saved['identity'][:12]}, but {base} has {identity(base)[:12]}; "
@@ -101,14 +101,21 @@ def load(
     if (folder / "adapter_config.json").exists():
         extras = adapters.rename(tensor_names(spec), family_of(hf_config).prefix, chain, extras)
     with torch.device("meta"):
-        model = Model(Transformer(spec), None, hf_config, path=str(base))
+        model = Model(Transformer(spec), None, hf_config, path=origin(source))
         chains.rebuild(model, chain)
     fill(model, entries, extras, folder, dtype, device)
     model.tokenizer = load_tokenizer(folder if has_tokenizer(folder) else base)
+    if (base / "generation_config.json").exists():
+        model.generation_config = read_json(base / "generation_config.json")
     own = base == folder and not chain  # weights without a chain are a base of their own
     model.identity = identity(base) if own else saved.get("identity") or identity(base)
     model.net.eval()
     return model
+
+
+def origin(source: str | Path) -> str:
+    """What finds the model again from anywhere: a hub id or "pebble" as given, a folder by its absolute path."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else str(source)
 
 
 def based_on(folder: Path, saved: dict[str, Any]) -> str:
@@ -236,7 +243,7 @@ def save(model: Model, folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     spec = model.spec
-    complete = not model.identity or any(
+    complete = not (model.path and model.identity) or any(
         getattr(chains.technique(x.name), "CHANGES_BASE", False) for x in model.chain
     )
     complete = complete or not model.chain
@@ -272,9 +279,8 @@ def save(model: Model, folder: str | Path) -> Path:
         write_tensors(extras, folder / "burnish.safetensors")
     if complete:
         write_json(saved_config(model), folder / "config.json")
-        generation = Path(model.path or ".") / "generation_config.json"
-        if model.path and generation.exists() and generation.parent.resolve() != folder.resolve():
-            shutil.copyfile(generation, folder / "generation_config.json")
+        if model.generation_config:
+            write_json(model.generation_config, folder / "generation_config.json")
     if model.tokenizer is not None:
         save_tokenizer(model.tokenizer, folder)
     write_json(record, folder / "burnish.json")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from burnish.store.tensors import write_json
 
+KEPT = 1000  # checkpoints whose identity is remembered
+
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a checkpoint's weights, in the order that the identity hashes them."""
@@ -31,7 +33,7 @@ def identity(folder: Path) -> str:
             with open(path, "rb") as file:
                 while chunk := file.read(1 << 22):
                     digest.update(chunk)
-        known[key] = digest.hexdigest()
+        known = dict([*known.items(), (key, digest.hexdigest())][-KEPT:])
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             write_json(known, cache)

@@ -31,7 +31,6 @@ def run(config: MergeConfig) -> int:
     if not notes:
         names = [link.name for link in model.chain] or "nothing"
         raise UserError(f"{config.model}: holds {names}, which cannot be folded into the weights; mergeable: lora")
-    model.path = ""  # a model of its own from here on: nothing refers to the base any more
     save(model, config.output_dir)
     for note in notes:
         print(note)

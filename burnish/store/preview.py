@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from burnish.store.data import IGNORED, Example, detect_format, encode_rows, read_rows, rename_columns
 
@@ -20,6 +20,9 @@ STYLES = {"learnt": "bold green", "context": "dim", "pseudo": "magenta"}
 
 @dataclass(frozen=True)
 class PreviewConfig:
+    """What to show."""
+
+    positional: ClassVar[str] = "data"
     data: str = field(metadata={"help": "data file, folder or hub id"})
     model: str = field(default="pebble", metadata={"help": "model whose tokenizer and chat template are used"})
     n: int = field(default=3, metadata={"help": "examples shown"})

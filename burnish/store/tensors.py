@@ -61,9 +61,7 @@ class Entry:
                 while done < len(view):
                     count = file.readinto(view[done:])
                     if not count:
-                        raise UserError(
-                            f"{self.path}: the file ends inside a tensor; copy or download it again"
-                        )
+                        raise UserError(f"{self.path}: the file ends inside a tensor; copy or download it again")
                     done += count
         return tensor
 
@@ -89,9 +87,7 @@ def read_header(path: Path) -> dict[str, Entry]:
                 shape = tuple(info["shape"])
                 dtype = DTYPES.get(info["dtype"])
                 if dtype is None:
-                    raise UserError(
-                        f"{path}: tensor {name} has dtype {info['dtype']}; known: {', '.join(DTYPES)}"
-                    )
+                    raise UserError(f"{path}: tensor {name} has dtype {info['dtype']}; known: {', '.join(DTYPES)}")
                 if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)):
                     raise broken(f"tensor {name} has a negative or fractional size")
                 count = dtype.itemsize
@@ -119,13 +115,11 @@ def read_folder(folder: Path, stem: str = "model") -> dict[str, Entry]:
         return {name: entry for file in files for name, entry in read_header(folder / file).items()}
     if single.exists():
         return read_header(single)
-    pickled = sorted(
-        path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern)
-    )
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
     if pickled:
         raise UserError(
             f"{folder}: {pickled[0]} is a pickle, which can run code when it is read; if you trust it, convert it: "
-            f"python -c \"import transformers as t; p = {str(folder)!r}; c = t.AutoConfig.from_pretrained(p); "
+            f'python -c "import transformers as t; p = {str(folder)!r}; c = t.AutoConfig.from_pretrained(p); '
             'getattr(t, c.architectures[0]).from_pretrained(p).save_pretrained(p)"'
         )
     raise UserError(f"{folder}: no {stem}.safetensors in this folder; give a checkpoint folder or a hub id")
@@ -136,9 +130,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(
-        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"}
-    )
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"})
     replace_file(temporary, path)
 
 

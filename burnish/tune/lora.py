@@ -49,12 +49,8 @@ class LoRALinear(nn.Module):
         self.base = base
         self.scaling = config.scaling
         self.dropout = config.lora_dropout
-        self.lora_A = nn.Parameter(
-            torch.empty(config.r, base.in_features, device=device, dtype=torch.float32)
-        )
-        self.lora_B = nn.Parameter(
-            torch.zeros(base.out_features, config.r, device=device, dtype=torch.float32)
-        )
+        self.lora_A = nn.Parameter(torch.empty(config.r, base.in_features, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.r, device=device, dtype=torch.float32))
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -74,9 +74,7 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     found = parts(config.template)
     for kind, need in (("soft", "[P*3]"), ("field", "{prompt}")):
         if not any(k == kind for k, _ in found):
-            raise UserError(
-                f"technique '{NAME}': template '{config.template}' has no {need}; add it where it belongs"
-            )
+            raise UserError(f"technique '{NAME}': template '{config.template}' has no {need}; add it where it belongs")
     if config.encoder == "lstm" and model.spec.hidden_size % 2:
         raise UserError(f"technique '{NAME}': the LSTM needs an even hidden size; choose encoder: mlp")
     with torch.random.fork_rng(devices=[]):
@@ -90,9 +88,7 @@ def rebuild(model: Model, config: Config) -> None:
     net = model.net
     count = sum(int(value) for kind, value in parts(config.template) if kind == "soft")
     kind = "embedding" if config.finalized else config.encoder
-    net.techniques[NAME] = PromptEncoder(count, net.spec.hidden_size, kind, soft.first_slot(net)).to(
-        model.device
-    )
+    net.techniques[NAME] = PromptEncoder(count, net.spec.hidden_size, kind, soft.first_slot(net)).to(model.device)
 
 
 def encode(model: Model, config: Config, example: Example) -> Example:

@@ -37,9 +37,7 @@ class PrefixEncoder(nn.Module):
     def __init__(self, length: int, hidden: int, width: int, middle: int):
         super().__init__()
         self.embedding = nn.Embedding(length, hidden if middle else width)
-        self.mlp = (
-            nn.Sequential(nn.Linear(hidden, middle), nn.Tanh(), nn.Linear(middle, width)) if middle else None
-        )
+        self.mlp = nn.Sequential(nn.Linear(hidden, middle), nn.Tanh(), nn.Linear(middle, width)) if middle else None
 
     def forward(self) -> Tensor:
         return self.embedding.weight if self.mlp is None else self.mlp(self.embedding.weight)
@@ -53,9 +51,7 @@ def apply(model: Model, config: Config, context: Context) -> Config:
             "use prompt_tuning or p_tuning"
         )
     if config.num_virtual_tokens < 1:
-        raise UserError(
-            f"technique '{NAME}': num_virtual_tokens is {config.num_virtual_tokens}; at least 1 is needed"
-        )
+        raise UserError(f"technique '{NAME}': num_virtual_tokens is {config.num_virtual_tokens}; at least 1 is needed")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
         rebuild(model, config)
@@ -74,9 +70,7 @@ def initial_cache(model: Model, config: Config, batch: dict[str, Tensor]) -> Pre
     spec = model.spec
     table = model.net.techniques[NAME]().to(model.net.dtype)
     # (P, layers * 2 * width) -> (2, layers, 1, kv_heads, P, head_dim)
-    shaped = table.view(len(table), spec.num_layers, 2, spec.num_kv_heads, spec.head_dim).permute(
-        2, 1, 3, 0, 4
-    )
+    shaped = table.view(len(table), spec.num_layers, 2, spec.num_kv_heads, spec.head_dim).permute(2, 1, 3, 0, 4)
     keys, values = shaped[:, :, None]
     lengths = batch.get("virtual_tokens")
     if lengths is not None:  # padding sees what its row sees: a cache asks a row's first position, padded or not

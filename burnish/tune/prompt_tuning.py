@@ -44,9 +44,7 @@ class SoftPrompt(nn.Module):
 def apply(model: Model, config: Config, context: Context) -> Config:
     """Add the soft prompt and start it as configured."""
     if config.num_virtual_tokens < 1:
-        raise UserError(
-            f"technique '{NAME}': num_virtual_tokens is {config.num_virtual_tokens}; at least 1 is needed"
-        )
+        raise UserError(f"technique '{NAME}': num_virtual_tokens is {config.num_virtual_tokens}; at least 1 is needed")
     rebuild(model, config)
     prompt = model.net.techniques[NAME]
     table = model.net.embed_tokens.weight.detach()
@@ -61,9 +59,7 @@ def apply(model: Model, config: Config, context: Context) -> Config:
         else:
             ids = model.tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
             if not ids:
-                raise UserError(
-                    f"technique '{NAME}': init is 'text' and init_text is empty; give init_text some words"
-                )
+                raise UserError(f"technique '{NAME}': init is 'text' and init_text is empty; give init_text some words")
             rows = torch.tensor([ids[i % len(ids)] for i in range(count)], device=table.device)
             prompt.embedding.copy_(table[rows])
     return config

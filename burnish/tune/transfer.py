@@ -30,9 +30,7 @@ class Config:
 def apply(model: Model, config: Config, context: Context) -> Config:
     """Put the head on, start it with Gaussian weights of standard deviation 0.02, and unfreeze what trains."""
     if config.num_labels < 2:
-        raise UserError(
-            f"technique 'transfer': num_labels is {config.num_labels}; a classifier needs at least 2"
-        )
+        raise UserError(f"technique 'transfer': num_labels is {config.num_labels}; a classifier needs at least 2")
     if config.train_layers > model.spec.num_layers:
         raise UserError(
             f"technique 'transfer': train_layers is {config.train_layers}; the model has {model.spec.num_layers} layers"

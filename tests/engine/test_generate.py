@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 
@@ -12,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import burnish
+from burnish import cli
 from burnish.chain import apply, forward
 from burnish.config import UserError
-from burnish.engine.generate import BROKEN, Detokenizer, GenerationConfig, eos_ids, generate, stream
+from burnish.engine.generate import BROKEN, Detokenizer, Generation, GenerationConfig, eos_ids, generate, stream
 from burnish.model.bundle import Context, Model
 from burnish.model.example import IGNORE, Example
 from burnish.store.batch import collate
+from burnish.store.checkpoint import save
 from burnish.store.tokenizer import train_tokenizer
 
 PROMPTS = ["the cat sees", "question : where is the big red dog ?", "paris", "who likes a small blue fish , yes or no"]
@@ -153,9 +156,9 @@ def test_end_tokens_of_the_folder_and_stop_texts_that_are_special(root, tmp_path
     assert end not in generate(model, PROMPTS[:1], LONG)[0].ids
 
     model = load(root)
-    model.net.logits = lambda hidden: torch.eye(80)[[5] * len(hidden)]
-    done = generate(model, PROMPTS[:1], GenerationConfig(stop=["x", "[MASK]"]))[0]
-    assert (done.ids, done.text, done.finish_reason) == ([5], "", "stop")
+    model.net.logits = lambda hidden: torch.eye(80)[[2] * len(hidden)]
+    done = generate(model, PROMPTS[:1], GenerationConfig(stop=["x", "<unk>"]))[0]
+    assert (done.ids, done.text, done.finish_reason) == ([2], "", "stop")
 
 
 def test_rows_that_have_ended_are_dropped(root, monkeypatch):
@@ -194,6 +197,10 @@ def test_mode_and_gradients_are_as_before(root):
     model.net.train()
     pieces = stream(model, PROMPTS, LONG)
     next(pieces)
+    inside = []
+    model.net.register_forward_pre_hook(lambda *_: inside.append(torch.is_inference_mode_enabled()))
+    next(pieces), list(stream(model, PROMPTS, LONG))
+    assert all(inside) and len(inside) > 3
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not model.net.training
     pieces.close()
     assert model.net.training
@@ -291,5 +298,75 @@ def test_the_prompt_decides_how_a_first_word_is_spelt():
     cat = tokenizer.convert_tokens_to_ids("cat")
     assert Detokenizer(tokenizer).push(cat) == "cat"
     assert Detokenizer(tokenizer, tokenizer("who sees the")["input_ids"]).push(cat) == " cat"
-    broken = BYTES("語")["input_ids"][:1]
-    assert "".join(pieces_of(Detokenizer(BYTES, broken), BYTES("the")["input_ids"])) == "the"
+    start, *rest = BYTES("語")["input_ids"]
+    assert "".join(pieces_of(Detokenizer(BYTES, [start]), rest)) == "語"
+
+
+@pytest.fixture
+def folder(root, tmp_path):
+    """A checkpoint with a chat template."""
+    model = load(root)
+    model.tokenizer.chat_template = TEMPLATE
+    save(replace(model, path=""), tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def burn(*words: str, typed: str = "", monkeypatch=None) -> int:
+    monkeypatch and monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    return cli.main(list(words))
+
+
+def test_generate_verb(folder, tmp_path, capsys, monkeypatch):
+    model = burnish.load(folder)
+    want = generate(model, PROMPTS, GenerationConfig(max_new_tokens=9))
+    few = ("--max_new_tokens", "9")
+    assert burn("generate", folder, "--prompt", PROMPTS[0], *few) == 0
+    assert capsys.readouterr().out == want[0].text + "\n"
+    assert burn("generate", folder, *few, typed=PROMPTS[0] + "\n", monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out == want[0].text + "\n"
+
+    (tmp_path / "prompts").write_text("\n".join([PROMPTS[0], "", *PROMPTS[1:]]))
+    assert burn("generate", folder, "--prompt_file", str(tmp_path / "prompts"), *few) == 0
+    assert f"> {PROMPTS[1]}\n{want[1].text}\n\n" in capsys.readouterr().out
+    assert burn("generate", folder, "--prompt_file", str(tmp_path / "prompts"), *few, "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line.pop("prompt") for line in lines] == PROMPTS
+    assert [Generation(**line) for line in lines] == want
+
+    talk = [{"role": "user", "content": PROMPTS[0]}]
+    reply = generate(model, [talk], GenerationConfig(max_new_tokens=9, do_sample=True, top_k=5))[0].text
+    assert burn("generate", folder, "--prompt", PROMPTS[0], "--chat", "--do_sample", "--top_k", "5", *few) == 0
+    assert capsys.readouterr().out == reply + "\n"
+
+
+def test_chat_verb(folder, capsys, monkeypatch):
+    model = burnish.load(folder)
+    config = GenerationConfig(max_new_tokens=6)
+    messages: list[dict[str, str]] = [{"role": "system", "content": "big dog"}]
+    replies = []
+    for asked in ("the cat", "is red ?"):
+        messages.append({"role": "user", "content": asked})
+        replies.append(generate(model, [messages], config)[0].text)
+        messages.append({"role": "assistant", "content": replies[-1]})
+    typed = "the cat\nis red ?\n\n/reset\nthe cat\n"
+    for end in ("", "/exit\nthe cat\n"):
+        words = ("chat", folder, "--max_new_tokens", "6", "--system", "big dog")
+        assert burn(*words, typed=typed + end, monkeypatch=monkeypatch) == 0
+        out = capsys.readouterr().out
+        assert [part for part in out.replace("\n", "").split("> ") if part] == [*replies, replies[0]]
+
+
+def test_verbs_say_what_is_wrong(root, folder, tmp_path, capsys, monkeypatch):
+    assert burn("chat", str(tiny.folder(root, "llama"))) == 2
+    assert "no chat template; add" in capsys.readouterr().err
+    assert burn("generate", folder, "--prompt", "the cat", "--prompt_file", "x") == 2
+    assert "both given" in capsys.readouterr().err
+    assert burn("generate", folder, "--prompt_file", str(tmp_path / "none")) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    assert burn("generate", folder) == 2
+    assert "no prompt: give --prompt" in capsys.readouterr().err
+    assert burn("generate", folder, "--prompt", "a", "--top_k", "3") == 2
+    assert "set do_sample" in capsys.readouterr().err
+    assert burn("generate", "--help") == burn("chat", "--help") == 0
+    assert "--repetition_penalty" in capsys.readouterr().out

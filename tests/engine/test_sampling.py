@@ -29,11 +29,18 @@ def test_top_k(k):
 
 
 @pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 0.999])
-@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
-def test_top_p(p, scale):
-    got = sampling.top_p(logits(scale=scale), p)
-    assert torch.equal(got, theirs.TopPLogitsWarper(p)(None, logits(scale=scale)))
+@pytest.mark.parametrize(("scale", "vocab"), [(1.0, 97), (30.0, 97), (0.1, 3000), (4.0, 3000)])
+def test_top_p(p, scale, vocab):
+    given = logits(vocab=vocab, scale=scale)
+    got, want = sampling.top_p(given, p), theirs.TopPLogitsWarper(p)(None, given)
+    assert torch.equal(got, want)
     assert got.isfinite().any(dim=1).all()
+
+
+@pytest.mark.parametrize("p", [0.3, 0.5, 0.999])
+def test_top_p_among_equals(p):
+    even = torch.zeros(2, 1000)
+    assert sampling.top_p(even, p).isfinite().sum(dim=1).tolist() == pytest.approx([1000 * p] * 2, abs=1)
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.2, 5.0])

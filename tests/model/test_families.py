@@ -46,9 +46,7 @@ def test_logits_equal_transformers(root, family, head):
     folder = tiny.folder(root, family, head)
     reference, model = tiny.reference(family, head), burnish.load(folder)
     x = ids()
-    torch.testing.assert_close(
-        ours(model, {"input_ids": x}), outputs(reference, input_ids=x), atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(ours(model, {"input_ids": x}), outputs(reference, input_ids=x), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -99,9 +97,7 @@ def test_saved_folder_reloads_in_transformers(root, tmp_path, family, head):
     torch.testing.assert_close(ours(burnish.load(tmp_path), {"input_ids": x}), want, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}]
-)
+@pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
 def test_llama_variants(tmp_path, changes):
     reference = tiny.reference("llama", **changes)
     reference.save_pretrained(tmp_path)

@@ -1,0 +1,355 @@
+"""One LoRA training step, burnish against peft: the same weights, adapter, data, threads and core.
+
+    python benchmarks/lora_step.py --rounds 3 --steps 8 --threads 1 --cpu 0
+
+The model is a random 134M Llama that transformers writes in bfloat16; peft writes the adapter that both start from.
+Every run is a process of its own, over one fixed batch with every token a target, so that the losses of both fall in
+the same course. burnish runs its own `train`; peft a plain loop with fused AdamW and the clipping that its
+documentation's Trainer does, in every combination of `autocast_adapter_dtype` and `torch.compile`; the fastest is the
+one compared with. Rounds go through the runs forwards and backwards in turn. A step's time is the median over the
+rounds' steps after the first two, in seconds and in CPU seconds of the process, which others on the machine disturb
+less; memory is the peak resident size above what the imports took. Compiling starts from an empty cache and is
+reported apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+SHAPE = {
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+BATCH, LENGTH, RANK, ALPHA, RATE, CLIP = 4, 256, 8, 16, 1e-3, 1.0
+TARGETS: dict[str, Any] = {"q_proj,v_proj": ["q_proj", "v_proj"], "all-linear": "all-linear"}
+RUNS: dict[str, dict[str, Any]] = {
+    "burnish": {"compile": False},
+    "peft": {"compile": False, "autocast_adapter_dtype": True},
+    "peft, bf16 adapter": {"compile": False, "autocast_adapter_dtype": False},
+    "burnish, compile": {"compile": True},
+    "peft, compile": {"compile": True, "autocast_adapter_dtype": True},
+    "peft, bf16 adapter, compile": {"compile": True, "autocast_adapter_dtype": False},
+}
+RESULT = Path(__file__).parent / "results" / "lora_step.json"
+
+
+def write_models(folder: Path) -> None:
+    """The base with a one-word tokenizer, an adapter for each of `TARGETS`, and the batch, below `folder`."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(folder / "base")
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a").save_pretrained(folder / "base")
+    for name, modules in TARGETS.items():
+        base = LlamaForCausalLM.from_pretrained(folder / "base")
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=modules, task_type="CAUSAL_LM")
+        get_peft_model(base, config).save_pretrained(folder / name)
+    rows = torch.randint(SHAPE["vocab_size"], (BATCH, LENGTH)).tolist()
+    (folder / "batch.json").write_text(json.dumps(rows))
+
+
+class Meter:
+    """Wall and CPU seconds and loss of every step, and the peak resident bytes above the start, over all and after
+    two steps."""
+
+    def __init__(self) -> None:
+        self.baseline = _kernel_bytes("VmRSS")
+        self.peak = 0
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+        _reset_peak()
+
+    def start(self) -> None:
+        self.peak = _kernel_bytes("VmHWM")
+        self.began = time.perf_counter(), time.process_time()
+
+    def step(self, loss: float) -> None:
+        now = time.perf_counter(), time.process_time()
+        self.seconds.append(now[0] - self.began[0])
+        self.cpu_seconds.append(now[1] - self.began[1])
+        self.losses.append(loss)
+        self.peak = max(self.peak, _kernel_bytes("VmHWM"))
+        if len(self.seconds) == 2:
+            _reset_peak()
+        self.began = time.perf_counter(), time.process_time()
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "losses": self.losses,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "peak_bytes": self.peak - self.baseline,
+            "steady_peak_bytes": _kernel_bytes("VmHWM") - self.baseline,
+        }
+
+
+def run_burnish(folder: Path, adapter: str, steps: int, compile: bool) -> dict[str, Any]:
+    from burnish.engine.settings import TrainConfig
+    from burnish.engine.train import train
+    from burnish.model.example import Example
+    from burnish.store.checkpoint import load
+
+    rows = json.loads((folder / "batch.json").read_text())
+    meter = Meter()
+    model = load(folder / adapter)
+    config = TrainConfig(
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=BATCH,
+        max_steps=steps,
+        max_grad_norm=CLIP,
+        compile=compile,
+    )
+    meter.start()
+    train(
+        model,
+        [Example(ids=row, labels=row) for row in rows],
+        config,
+        progress=lambda step, total, loss, lr, speed, eta: meter.step(loss),
+    )
+    return meter.result()
+
+
+def run_peft(folder: Path, adapter: str, steps: int, compile: bool, autocast_adapter_dtype: bool) -> dict[str, Any]:
+    import torch
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    rows = json.loads((folder / "batch.json").read_text())
+    meter = Meter()
+    base = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16, attn_implementation="sdpa")
+    base.config.use_cache = False
+    model = PeftModel.from_pretrained(
+        base, folder / adapter, is_trainable=True, autocast_adapter_dtype=autocast_adapter_dtype
+    )
+    model.train()
+    if compile:
+        model.compile()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0, fused=True)
+    meter.start()
+    for _ in range(steps):
+        ids = torch.tensor(rows)
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        meter.step(loss.item())
+    return meter.result()
+
+
+def matrix_rate() -> dict[str, Any]:
+    """Best GFLOP/s of the step's own bfloat16 products, and the seconds that all of them take at that rate.
+
+    Counted are 2 * tokens * parameters for the forward pass and as much for the gradient of the inputs, which the
+    lowest layer's projections of the embeddings do not need; the frozen weights need none.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    hidden, wide, vocab, layers = (
+        SHAPE[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers")
+    )
+    tokens, targets = BATCH * LENGTH, BATCH * (LENGTH - 1)
+    products = [  # (rows, out, in, forwards, backwards)
+        (tokens, hidden, hidden, 4 * layers, 4 * layers - 3),
+        (tokens, wide, hidden, 2 * layers, 2 * layers),
+        (tokens, hidden, wide, layers, layers),
+        (targets, vocab, hidden, 1, 1),
+    ]
+    rates, seconds, flops = {}, 0.0, 0.0
+    for rows, out, inner, forwards, backwards in products:
+        x, grad = torch.randn(rows, inner).bfloat16(), torch.randn(rows, out).bfloat16()
+        weight = torch.randn(out, inner).bfloat16()
+        work = 2 * rows * out * inner
+        pair = {"x W^T": _best(lambda x=x, w=weight: F.linear(x, w)), "g W": _best(lambda g=grad, w=weight: g @ w)}
+        rates[f"{rows} x {inner} x {out}"] = {name: round(work / spent / 1e9, 1) for name, spent in pair.items()}
+        seconds += forwards * pair["x W^T"] + backwards * pair["g W"]
+        flops += work * (forwards + backwards)
+    return {"gflops_per_second": rates, "step_gflop": flops / 1e9, "step_seconds": seconds}
+
+
+def _best(call: Any, repeats: int = 12) -> float:
+    """The least CPU seconds per thread of a call."""
+    times = []
+    for _ in range(repeats + 1):
+        began = time.thread_time()
+        call()
+        times.append(time.thread_time() - began)
+    return min(times[1:])
+
+
+def _kernel_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def worker(task: dict[str, Any]) -> dict[str, Any]:
+    """What a child process does: one run, or the machine's rate."""
+    import torch
+
+    torch.set_num_threads(task["threads"])
+    if task["run"] == "matrix rate":
+        return matrix_rate()
+    call = run_burnish if task["run"].startswith("burnish") else run_peft
+    for name in (
+        ("burnish.engine.train", "burnish.store.checkpoint") if call is run_burnish else ("peft", "transformers")
+    ):
+        __import__(name)
+    if call is run_peft:
+        from transformers import LlamaForCausalLM  # noqa: F401  (its lazy import belongs to the baseline)
+    return call(Path(task["folder"]), task["adapter"], task["steps"], **RUNS[task["run"]])
+
+
+def spawn(task: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--worker", json.dumps(task)]
+    if arguments.cpu:
+        command = ["taskset", "-c", arguments.cpu, *command]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(arguments.threads),
+            "TORCHINDUCTOR_CACHE_DIR": cache,
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        }
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(command)}\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summary(runs: list[dict[str, Any]], step_gflop: float, step_seconds: float) -> dict[str, Any]:
+    """Medians of the runs of one kind over all rounds."""
+    steady = [second for run in runs for second in run["seconds"][2:]]
+    cpu = [second for run in runs for second in run["cpu_seconds"][2:]]
+    median = statistics.median(cpu)
+    return {
+        "step_seconds": statistics.median(steady),
+        "step_cpu_seconds": median,
+        "step_cpu_seconds_least": min(cpu),
+        "tokens_per_second": BATCH * LENGTH / statistics.median(steady),
+        "tokens_per_cpu_second": BATCH * LENGTH / median,
+        "gflop_per_cpu_second": step_gflop / median,
+        "fraction_of_matrix_rate": step_seconds / median,
+        "first_step_cpu_seconds": statistics.median(run["cpu_seconds"][0] for run in runs),
+        "peak_bytes": statistics.median(run["peak_bytes"] for run in runs),
+        "steady_peak_bytes": statistics.median(run["steady_peak_bytes"] for run in runs),
+        "losses": runs[0]["losses"],
+        "rounds": [run["cpu_seconds"] for run in runs],
+    }
+
+
+def compare(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """burnish's fastest run over peft's fastest."""
+    best = {
+        who: min((name for name in rows if name.startswith(who)), key=lambda name: rows[name]["step_cpu_seconds"])
+        for who in ("burnish", "peft")
+    }
+    ours, theirs = rows[best["burnish"]], rows[best["peft"]]
+    return {
+        "burnish": best["burnish"],
+        "peft": best["peft"],
+        "speed_ratio": theirs["step_cpu_seconds"] / ours["step_cpu_seconds"],
+        "wall_speed_ratio": theirs["step_seconds"] / ours["step_seconds"],
+        "peak_memory_ratio": ours["peak_bytes"] / theirs["peak_bytes"],
+        "steady_memory_ratio": ours["steady_peak_bytes"] / theirs["steady_peak_bytes"],
+        "initial_loss_difference": abs(ours["losses"][0] - theirs["losses"][0]),
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="per run; the first two are not timed")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu", default="", help="cores to pin to, as taskset takes them")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print(json.dumps(worker(json.loads(arguments.worker))))
+        return
+
+    from burnish.device import environment
+
+    measured: dict[str, dict[str, list[Any]]] = {
+        target: {run: [] for run in arguments.runs} for target in arguments.targets
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_models(folder)
+        common = {"folder": name, "steps": arguments.steps, "threads": arguments.threads}
+        rates = [spawn({**common, "run": "matrix rate"}, arguments)]
+        for turn in range(arguments.rounds):
+            for target, by_run in measured.items():
+                for run in list(by_run)[:: -1 if turn % 2 else 1]:
+                    found = spawn({**common, "run": run, "adapter": target}, arguments)
+                    by_run[run].append(found)
+                    print(
+                        f"{turn + 1}/{arguments.rounds} {target:14} {run:28} "
+                        f"{statistics.median(found['cpu_seconds'][2:]):6.3f} CPU s, "
+                        f"{statistics.median(found['seconds'][2:]):6.3f} s a step, {found['peak_bytes'] >> 20} MiB, "
+                        f"loss {found['losses'][0]:.4f} -> {found['losses'][-1]:.4f}",
+                        flush=True,
+                    )
+            rates.append(spawn({**common, "run": "matrix rate"}, arguments))
+    rate = min(rates, key=lambda found: found["step_seconds"])
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/lora_step.py", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment(),
+        "work": {
+            "shape": SHAPE,
+            "batch": BATCH,
+            "length": LENGTH,
+            "r": RANK,
+            "lora_alpha": ALPHA,
+            "learning_rate": RATE,
+        },
+        "runs": {run: RUNS[run] for run in arguments.runs},
+        "matrix_rate": rate,
+        "targets": {},
+    }
+    for target, by_run in measured.items():
+        rows = {run: summary(found, rate["step_gflop"], rate["step_seconds"]) for run, found in by_run.items()}
+        versus = compare(rows) if len({run.split(",")[0] for run in rows}) == 2 else {}
+        report["targets"][target] = {"comparison": versus, "runs": rows}
+        print(target, json.dumps(versus, indent=2))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

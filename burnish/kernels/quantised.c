@@ -1,0 +1,336 @@
+/* Products with quantised weights, and their expansion, on a CPU.
+ *
+ * out (tokens, rows) = x (tokens, columns) W^T + bias, for W stored as NF4 blocks of 64 or as int8 rows. The stored
+ * bytes are read once for up to eight tokens and expanded in registers: at few tokens the product is bound by the
+ * bytes of W that memory delivers. Everything accumulates in float32. Where the processor multiplies bfloat16 pairs
+ * (AVX-512 BF16), bfloat16 activations meet weights rounded to bfloat16, as they would if W were expanded first;
+ * elsewhere both are widened to float32.
+ *
+ * An NF4 byte holds two neighbours, the first in the high nibble. The nibbles of 32 bytes are looked up as 32 even
+ * and 32 odd positions, so x is put into that order once per call instead of the weights once per row.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && !defined(PORTABLE)
+#include <immintrin.h>
+#define WIDE 1
+#if defined(__AVX512BF16__)
+#define PAIRS 1 /* dot products of bfloat16 pairs */
+#endif
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define BLOCK 64
+#define MOST_TOKENS 8
+
+typedef float lanes __attribute__((vector_size(64))); /* 16 floats on every machine */
+
+enum kind { NF4, INT8 };
+
+/* NF4: `bytes` two weights each; the constant of block b is constants[b], or with `codes` (one byte per block)
+ * map[codes[b]] * constants[b / 256] + offset. int8: `bytes` one weight each and one constant per row. */
+typedef struct {
+    const uint8_t *bytes;
+    const uint8_t *codes;
+    const float *constants, *offset, *map, *levels;
+    int64_t rows, columns;
+} matrix;
+
+/* 64 expanded weights, or 64 activations. */
+typedef union {
+    lanes wide[4];
+#ifdef PAIRS
+    __m512i pairs[2];
+#endif
+    float floats[64];
+    uint16_t halves[64];
+} chunk;
+
+INLINE float widen(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE uint16_t narrow(float value) { /* to the nearest, ties to even */
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return value == value ? rounded : 0x7fc0;
+}
+
+INLINE float constant(const matrix *w, int64_t block) {
+    return w->codes ? w->map[w->codes[block]] * w->constants[block >> 8] + *w->offset : w->constants[block];
+}
+
+/* Weights of 32 bytes: even positions first, then odd ones. */
+INLINE chunk expand_nf4(const matrix *w, const uint8_t *bytes, float scale, int half) {
+    chunk c;
+#ifdef WIDE
+    __m512 table = _mm512_mul_ps(_mm512_loadu_ps(w->levels), _mm512_set1_ps(scale));
+#ifdef PAIRS
+    if (half) {
+        /* A lookup takes five bits: the table twice makes the fifth, a bit of the other nibble, harmless. */
+        __m512i twice = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(table));
+        __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)bytes));
+        c.pairs[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), twice);
+        c.pairs[1] = _mm512_permutexvar_epi16(words, twice);
+        return c;
+    }
+#endif
+    for (int i = 0; i < 2; i++) {
+        __m512i words = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)bytes + i));
+        c.wide[i] = (lanes)_mm512_permutexvar_ps(_mm512_srli_epi32(words, 4), table);
+        c.wide[2 + i] = (lanes)_mm512_permutexvar_ps(words, table);
+    }
+#else
+    float table[16];
+    for (int i = 0; i < 16; i++) table[i] = w->levels[i] * scale;
+    for (int i = 0; i < 32; i++) c.floats[i] = table[bytes[i] >> 4];
+    for (int i = 0; i < 32; i++) c.floats[32 + i] = table[bytes[i] & 15];
+#endif
+    return c;
+}
+
+/* 64 whole numbers, exact in either dtype. */
+INLINE chunk expand_int8(const uint8_t *bytes, int half) {
+    chunk c;
+#ifdef WIDE
+    for (int i = 0; i < 4; i++)
+        c.wide[i] = (lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)bytes + i)));
+#ifdef PAIRS
+    if (half) {
+        chunk narrowed;
+        for (int i = 0; i < 2; i++)
+            narrowed.pairs[i] = (__m512i)_mm512_cvtne2ps_pbh((__m512)c.wide[2 * i + 1], (__m512)c.wide[2 * i]);
+        return narrowed;
+    }
+#endif
+#else
+    for (int i = 0; i < 64; i++) c.floats[i] = (int8_t)bytes[i];
+#endif
+    return c;
+}
+
+INLINE lanes multiply_add(lanes a, lanes b, lanes sum) {
+#ifdef WIDE
+    return (lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(FP_FAST_FMAF)
+    for (int i = 0; i < 16; i++) sum[i] = __builtin_fmaf(a[i], b[i], sum[i]);
+    return sum;
+#else
+    return sum + a * b;
+#endif
+}
+
+INLINE lanes dot(const chunk *w, const void *x, lanes sum, int half) {
+#ifdef PAIRS
+    if (half) {
+        for (int i = 0; i < 2; i++)
+            sum = (lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w->pairs[i], (__m512bh)_mm512_loadu_si512((const char *)x + 64 * i));
+        return sum;
+    }
+#endif
+    for (int i = 0; i < 4; i++) {
+        lanes values;
+        memcpy(&values, (const char *)x + 64 * i, 64);
+        sum = multiply_add(w->wide[i], values, sum);
+    }
+    return sum;
+}
+
+INLINE float total(lanes sum) {
+#ifdef WIDE
+    return _mm512_reduce_add_ps((__m512)sum);
+#else
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) sum[i] += sum[i + width];
+    return sum[0];
+#endif
+}
+
+typedef struct {
+    const matrix *w;
+    const char *x;       /* ordered and padded activations: float32, or bfloat16 where `half` */
+    int64_t stride;      /* bytes between tokens in x */
+    const void *bias;    /* of the output's dtype; may be null */
+    void *out;
+    int out_half;
+} product;
+
+/* `rows_at_once` rows from `first` by `tokens_at_once` tokens of x from `token`; `tokens` of them are stored. */
+INLINE void tile(enum kind kind, int half, int rows_at_once, int tokens_at_once, const product *p, int64_t first,
+                 int64_t token, int64_t tokens) {
+    const matrix *w = p->w;
+    const int64_t blocks = (w->columns + BLOCK - 1) / BLOCK, row_bytes = kind == NF4 ? w->columns / 2 : w->columns;
+    const char *x = p->x + token * p->stride;
+    const int64_t x_step = half ? 2 * BLOCK : 4 * BLOCK;
+    lanes sums[4][MOST_TOKENS] = {0};
+    int64_t row[4];
+    for (int r = 0; r < rows_at_once; r++) row[r] = first + r < w->rows ? first + r : w->rows - 1;
+    for (int64_t b = 0; b < blocks; b++, x += x_step) {
+        chunk weights[4];
+        for (int r = 0; r < rows_at_once; r++) {
+            if (kind == NF4) {
+                const uint8_t *bytes = w->bytes + row[r] * row_bytes + b * (BLOCK / 2);
+                weights[r] = expand_nf4(w, bytes, constant(w, row[r] * blocks + b), half);
+            } else {
+                const uint8_t *bytes = w->bytes + row[r] * row_bytes + b * BLOCK;
+                uint8_t padded[BLOCK] = {0};
+                if (b * BLOCK + BLOCK > w->columns) bytes = memcpy(padded, bytes, w->columns - b * BLOCK);
+                weights[r] = expand_int8(bytes, half);
+            }
+        }
+        for (int t = 0; t < tokens_at_once; t++)
+            for (int r = 0; r < rows_at_once; r++)
+                sums[r][t] = dot(&weights[r], x + t * p->stride, sums[r][t], half);
+    }
+    for (int r = 0; r < rows_at_once && first + r < w->rows; r++)
+        for (int t = 0; t < tokens_at_once && t < tokens; t++) {
+            float value = total(sums[r][t]) * (kind == INT8 ? w->constants[row[r]] : 1.0f);
+            const int64_t at = (token + t) * w->rows + row[r];
+            if (p->out_half) {
+                if (p->bias) value += widen(((const uint16_t *)p->bias)[row[r]]);
+                ((uint16_t *)p->out)[at] = narrow(value);
+            } else {
+                ((float *)p->out)[at] = value + (p->bias ? ((const float *)p->bias)[row[r]] : 0.0f);
+            }
+        }
+}
+
+/* One group of rows by all tokens. */
+INLINE void group_of(enum kind kind, int half, const product *p, int64_t group, int64_t tokens) {
+    const int at_once = half ? 4 : 2;
+    const int64_t first = group * at_once;
+    for (int64_t token = 0; token < tokens; token += MOST_TOKENS) {
+        const int64_t left = tokens - token;
+        if (left > 4) {
+            tile(kind, half, 2, 8, p, first, token, left);
+            if (half && first + 2 < p->w->rows) tile(kind, half, 2, 8, p, first + 2, token, left);
+        } else if (left > 2)
+            tile(kind, half, at_once, 4, p, first, token, left);
+        else if (left > 1)
+            tile(kind, half, at_once, 2, p, first, token, left);
+        else
+            tile(kind, half, at_once, 1, p, first, token, left);
+    }
+}
+
+/* A function each, so that kind and half are constants in it. */
+static void nf4_wide(const product *p, int64_t group, int64_t tokens) { group_of(NF4, 0, p, group, tokens); }
+static void int8_wide(const product *p, int64_t group, int64_t tokens) { group_of(INT8, 0, p, group, tokens); }
+#ifdef PAIRS
+static void nf4_half(const product *p, int64_t group, int64_t tokens) { group_of(NF4, 1, p, group, tokens); }
+static void int8_half(const product *p, int64_t group, int64_t tokens) { group_of(INT8, 1, p, group, tokens); }
+#else
+#define nf4_half nf4_wide
+#define int8_half int8_wide
+#endif
+
+/* x widened if need be, padded with zeros to whole blocks and tiles, and for NF4 even positions before odd ones. */
+INLINE void arrange(enum kind kind, int half, const void *x, int x_half, int64_t tokens, int64_t columns, char *to,
+                    int64_t stride) {
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t at = 0; at < columns; at += BLOCK) {
+            const int64_t count = columns - at < BLOCK ? columns - at : BLOCK;
+            chunk natural = {0}, ordered;
+            if (half)
+                memcpy(natural.halves, (const uint16_t *)x + t * columns + at, 2 * count);
+            else if (x_half)
+                for (int64_t i = 0; i < count; i++) natural.floats[i] = widen(((const uint16_t *)x)[t * columns + at + i]);
+            else
+                memcpy(natural.floats, (const float *)x + t * columns + at, 4 * count);
+            ordered = natural;
+            if (kind == NF4)
+                for (int i = 0; i < 32; i++) {
+                    if (half) {
+                        ordered.halves[i] = natural.halves[2 * i];
+                        ordered.halves[32 + i] = natural.halves[2 * i + 1];
+                    } else {
+                        ordered.floats[i] = natural.floats[2 * i];
+                        ordered.floats[32 + i] = natural.floats[2 * i + 1];
+                    }
+                }
+            memcpy(to + t * stride + at * (half ? 2 : 4), &ordered, half ? 2 * BLOCK : 4 * BLOCK);
+        }
+}
+
+/* 0, or 1 where memory is short. NF4 needs columns that are a multiple of 64. */
+int matmul(int kind, const uint8_t *bytes, const uint8_t *codes, const float *constants, const float *offset,
+           const float *map, const float *levels, int64_t rows, int64_t columns, const void *x, int x_half,
+           int64_t tokens, const void *bias, void *out, int threads) {
+    const matrix w = {bytes, codes, constants, offset, map, levels, rows, columns};
+#ifdef PAIRS
+    const int half = x_half;
+#else
+    const int half = 0;
+#endif
+    const int64_t blocks = (columns + BLOCK - 1) / BLOCK, stride = blocks * BLOCK * (half ? 2 : 4);
+    const int64_t padded = (tokens + MOST_TOKENS - 1) / MOST_TOKENS * MOST_TOKENS;
+    char *arranged = aligned_alloc(64, padded * stride);
+    if (!arranged) return 1;
+    memset(arranged + tokens * stride, 0, (padded - tokens) * stride);
+    const product p = {&w, arranged, stride, bias, out, x_half};
+    arrange(kind, half, x, x_half, tokens, columns, arranged, stride);
+    void (*run)(const product *, int64_t, int64_t) =
+        kind == NF4 ? (half ? nf4_half : nf4_wide) : (half ? int8_half : int8_wide);
+    const int64_t at_once = half ? 4 : 2, groups = (rows + at_once - 1) / at_once;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t group = 0; group < groups; group++) run(&p, group, tokens);
+    free(arranged);
+    return 0;
+}
+
+/* out (count) float32, or bfloat16 where out_half, from NF4 blocks that run over the flattened matrix. */
+void nf4_dequantize(const uint8_t *bytes, const uint8_t *codes, const float *constants, const float *offset,
+                    const float *map, const float *levels, int64_t count, void *out, int out_half, int threads) {
+    const matrix w = {bytes, codes, constants, offset, map, levels, 0, 0};
+    const int64_t blocks = (count + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t b = 0; b < blocks; b++) {
+        const int64_t left = count - b * BLOCK;
+        uint8_t padded[BLOCK / 2] = {0};
+        const uint8_t *from = bytes + b * (BLOCK / 2);
+        if (left < BLOCK) from = memcpy(padded, from, (left + 1) / 2);
+        const int64_t size = left < BLOCK ? left : BLOCK;
+        const float scale = constant(&w, b);
+        chunk natural;
+        if (!out_half) {
+            const chunk c = expand_nf4(&w, from, scale, 0);
+            for (int i = 0; i < 32; i++) {
+                natural.floats[2 * i] = c.floats[i];
+                natural.floats[2 * i + 1] = c.floats[32 + i];
+            }
+            memcpy((float *)out + b * BLOCK, &natural, 4 * size);
+        } else {
+            chunk c = expand_nf4(&w, from, scale, 1);
+#ifndef PAIRS
+            const chunk wide = c;
+            for (int i = 0; i < 64; i++) c.halves[i] = narrow(wide.floats[i]);
+#endif
+            for (int i = 0; i < 32; i++) {
+                natural.halves[2 * i] = c.halves[i];
+                natural.halves[2 * i + 1] = c.halves[32 + i];
+            }
+            memcpy((uint16_t *)out + b * BLOCK, &natural, 2 * size);
+        }
+    }
+}
+
+/* out (rows, columns) float32, or bfloat16 where out_half. */
+void int8_dequantize(const int8_t *values, const float *scale, int64_t rows, int64_t columns, void *out, int out_half,
+                     int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const int8_t *from = values + row * columns;
+        if (out_half)
+            for (int64_t i = 0; i < columns; i++) ((uint16_t *)out)[row * columns + i] = narrow(from[i] * scale[row]);
+        else
+            for (int64_t i = 0; i < columns; i++) ((float *)out)[row * columns + i] = from[i] * scale[row];
+    }
+}

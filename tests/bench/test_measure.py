@@ -1,0 +1,60 @@
+"""Quality metrics against generation, and latency."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+
+import burnish
+from burnish.bench.latency import LatencyConfig, latency
+from burnish.bench.measure import answered, measure
+from burnish.cli import main
+from burnish.engine.generate import GenerationConfig, generate
+from burnish.model.example import Example
+
+
+@pytest.mark.parametrize("family", tiny.DECODERS)
+def test_one_forward_decides_what_greedy_generation_gives(root, family):
+    model = burnish.load(tiny.folder(root, family))
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(6, 80, (n,), generator=generator).tolist() for n in (3, 5, 8, 4)]
+    open_examples = [Example(ids, [-100] * len(ids)) for ids in prompts]
+    replies = [g.ids for g in generate(model, open_examples, GenerationConfig(max_new_tokens=3))]
+    right = [Example(p + r, [-100] * len(p) + r) for p, r in zip(prompts, replies, strict=True)]
+    others = [7 if r[0] != 7 else 8 for r in replies]
+    wrong = [Example(p + [other], [-100] * len(p) + [other]) for p, other in zip(prompts, others, strict=True)]
+    assert answered(model, right) == [True] * 4
+    assert answered(model, wrong) == [False] * 4
+
+
+def test_perplexity_is_exp_of_the_mean_loss(root, tmp_path):
+    model = burnish.load(tiny.folder(root, "gpt2"))
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "the cat sees a red fish"}\n{"text": "where is the dog ?"}\n')
+    found = measure(model, {"name": "text", "data": str(path), "eval_data": str(path)})
+    total, count = 0.0, 0
+    for text in ("the cat sees a red fish", "where is the dog ?"):
+        ids = torch.tensor([*model.tokenizer(text)["input_ids"], model.tokenizer.eos_token_id])[None]
+        with torch.no_grad():
+            logits = model.net.logits(model.net(ids))[0]
+        total += torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    assert found == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)
+
+
+def test_eval_verb(root, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "the cat", "completion": " runs"}\n' * 3)
+    assert main(["eval", str(tiny.folder(root, "llama")), "--data", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)[str(path)]
+    assert found["metric"] == "exact_match" and found["rows"] == 3 and found["value"] in (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("family", "head"), [("llama", ""), ("bert", "classification"), ("bert", "none")])
+def test_latency(root, family, head):
+    found = latency(burnish.load(tiny.folder(root, family, head)), LatencyConfig(8, 2, 1, 4))
+    times = found["latency_ms"]
+    assert 0 < times["p50"] <= times["p95"] and times["std"] >= 0 and found["tokens_per_second"] > 0

@@ -1,0 +1,88 @@
+"""A user's mistake gives one line that says what, where and what to do, and exit status 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import tiny
+
+from burnish.cli import main
+
+REPLY = {"role": "assistant", "content": "runs"}
+
+
+@pytest.fixture
+def places(root, tmp_path, monkeypatch):
+    """A folder with good and bad things in it, made the working directory."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny.folder(root, "llama"), "good")
+    template = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
+    (tmp_path / "good" / "chat_template.jinja").write_text(template)
+    rows = [{"prompt": "the cat", "completion": " runs"}] * 4
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "odd.jsonl").write_text('{"question": "the cat", "reply": "runs"}\n')
+    turns = [{"messages": [{"role": "user", "content": "the cat"}, *reply]} for reply in ([REPLY], [])]
+    (tmp_path / "masked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turns))
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "typo.yaml").write_text("model: good\nlearnin_rate: 1\n")
+    shutil.copytree("good", "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    shutil.copytree("good", "broken")
+    (tmp_path / "broken" / "config.json").write_text('{"model_type": "lamma"}')
+    shutil.copytree("good", "cut")
+    data = (tmp_path / "good" / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(data[: len(data) // 2])
+    return tmp_path
+
+
+TUNE = ["tune", "good", "--data", "rows.jsonl", "--output-dir", "out", "--max-steps", "1"]
+MISTAKES = [
+    (["tun", "good"], "did you mean 'tune'"),
+    ([*TUNE, "--lerning-rate", "1"], "did you mean"),
+    (["tune", "typo.yaml"], "typo.yaml: learnin_rate: unknown key (did you mean 'learning_rate'?)"),
+    ([*TUNE, "--techniques", "lorra"], "did you mean 'lora'"),
+    ([*TUNE, "--techniques", "[{lora: {rr: 3}}]"], "rr"),
+    ([*TUNE, "--techniques", "[{lora: {target_modules: [q_prj]}}]"], "did you mean 'q_proj'"),
+    ([*TUNE, "--data", "odd.jsonl"], "columns found: question, reply"),
+    ([*TUNE, "--data", "odd.jsonl", "--columns", "{prompt: question, completion: anser}"], "anser"),
+    ([*TUNE, "--data", "empty.jsonl"], "empty.jsonl"),
+    ([*TUNE, "--data", "masked.jsonl"], "row 2"),
+    ([*TUNE, "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["generate", "nowhere", "--prompt", "x"], "nowhere"),
+    (["generate", ".", "--prompt", "x"], "config.json"),
+    (["generate", "pickled", "--prompt", "x"], "pickle"),
+    (["generate", "broken", "--prompt", "x"], "lamma"),
+    (["generate", "cut", "--prompt", "x"], "copy or download it again"),
+    (["generate", "good", "--prompt", "x", "--top-p", "3"], "top_p"),
+    (["merge", "good", "--output-dir", "out"], "lora"),
+    (["quantize", "good", "--method", "nf5", "--output-dir", "out"], "nf4"),
+    (["quantize", "good", "--output-dir", "pickled"], "not empty"),
+    (["compare", "--model", "good", "--tasks", "neer"], "did you mean 'near'"),
+    (["data", "preview", "masked.jsonl", "--model", "good"], "row 2"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES, ids=[" ".join(words)[:60] for words, _ in MISTAKES])
+def test_one_line_and_status_2(places, capsys, words, message):
+    before = sorted(path for path in places.rglob("*"))
+    assert main(words) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("burnish") and message in error
+    assert sorted(path for path in places.rglob("*")) == before, "something was left behind"
+
+
+def test_not_enough_memory_is_predicted(places, capsys, monkeypatch):
+    monkeypatch.setattr("burnish.device.available_memory", lambda *_: 1000)
+    assert main(TUNE) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and "needs about" in error[0]
+    assert not (places / "out").exists()
+
+
+def test_an_output_folder_with_another_run_is_refused(places, capsys):
+    assert main(TUNE) == 0
+    assert main([*TUNE, "--learning-rate", "0.5"]) == 2
+    assert "learning_rate" in capsys.readouterr().err.strip().splitlines()[-1]

@@ -1,0 +1,90 @@
+"""Prompt tuning and prefix tuning against transformers: its own embeddings and cache, with our learnt vectors."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+import transformers
+
+from burnish import chain
+from burnish.chain import Context, Model, forward
+from burnish.config import UserError
+from burnish.engine.order import encode
+from burnish.model.example import IGNORE, Example
+from burnish.store.batch import collate
+from burnish.store.checkpoint import load
+
+IDS = torch.randint(6, 80, (2, 7), generator=torch.Generator().manual_seed(3))
+CLOSE = {"atol": 1e-4, "rtol": 0}
+
+
+def tuned(root, family: str, name: str, **options) -> Model:
+    model = chain.apply(load(tiny.folder(root, family)), {name: options}, Context(seed=4))
+    with torch.no_grad():
+        for parameter in model.trainable().values():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(6))
+    return model
+
+
+@torch.no_grad()
+def logits(model: Model, lengths=(None, None)) -> torch.Tensor:
+    examples = [
+        Example(row, [IGNORE] * len(row), virtual_tokens=length)
+        for row, length in zip(IDS.tolist(), lengths, strict=True)
+    ]
+    return model.net.logits(forward(model, collate(list(encode(model, examples)), 0)))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("length", [4, 2])
+def test_a_soft_prompt_is_embeddings_before_the_text(root, family, length):
+    model, reference = tuned(root, family, "prompt_tuning", num_virtual_tokens=4), tiny.reference(family)
+    prompt = model.net.techniques["prompt_tuning"].embedding.detach()[:length].expand(2, -1, -1)
+    words = reference.get_input_embeddings()(IDS)
+    at = 1 if family == "bert" else 0  # [CLS] stays first
+    with torch.no_grad():
+        want = reference(inputs_embeds=torch.cat((words[:, :at], prompt, words[:, at:]), dim=1)).logits
+    torch.testing.assert_close(logits(model, (length, length)), want, **CLOSE)
+
+
+@pytest.mark.parametrize("family", tiny.DECODERS)
+@pytest.mark.parametrize("length", [4, 2])
+def test_a_prefix_is_keys_and_values_before_the_text(root, family, length):
+    """The reparametrisation's rows hold, layer by layer, the keys and then the values (section 4.3)."""
+    options = {"num_virtual_tokens": 4, "encoder_hidden_size": 16}
+    model, reference = tuned(root, family, "prefix_tuning", **options), tiny.reference(family)
+    spec = model.spec
+    past = transformers.DynamicCache(config=reference.config)
+    with torch.no_grad():
+        table = model.net.techniques["prefix_tuning"]()[-length:]
+        for layer, part in enumerate(table.chunk(spec.num_layers, dim=1)):
+            keys, values = (
+                half.view(1, length, spec.num_kv_heads, spec.head_dim).transpose(1, 2).repeat(2, 1, 1, 1)
+                for half in part.chunk(2, dim=1)
+            )
+            past.update(keys, values, layer)
+        mask = torch.ones(2, length + IDS.shape[1], dtype=torch.long)
+        want = reference(input_ids=IDS, past_key_values=past, attention_mask=mask).logits
+    torch.testing.assert_close(logits(model, (length, length)), want, **CLOSE)
+
+
+def test_prompts_start_as_configured(root):
+    def start(**options) -> torch.Tensor:
+        options = {"num_virtual_tokens": 6, **options}
+        model = chain.apply(load(tiny.folder(root, "llama")), {"prompt_tuning": options}, Context(seed=1))
+        return model.net.techniques["prompt_tuning"].embedding.detach()
+
+    table = load(tiny.folder(root, "llama")).net.embed_tokens.weight.detach()
+    assert all((table == row).all(1).any() for row in start())
+    assert start(init="random").abs().max() <= 0.5 and start(init="random").std() > 0.2
+    words = [6 + tiny.WORDS.index(word) for word in ("the", "red", "cat")]
+    assert torch.equal(start(init="text", init_text="the red cat"), table[words * 2])
+    with pytest.raises(UserError, match="init_text is empty"):
+        start(init="text")
+
+
+@pytest.mark.parametrize("name", ["prompt_tuning", "prefix_tuning"])
+def test_an_empty_soft_prompt_is_refused(root, name):
+    with pytest.raises(UserError, match="num_virtual_tokens is 0; at least 1 is needed"):
+        chain.apply(load(tiny.folder(root, "llama")), {name: {"num_virtual_tokens": 0}})
