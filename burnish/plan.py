@@ -109,8 +109,8 @@ def check_memory(folder: Path, chains: Sequence[Sequence[Any]], rows: int = 1, t
         most = max(needed.inference, needed.training)
         if most > free:
             raise UserError(
-                f"{folder} with {list(techniques) or 'no technique'}: needs about {most // MIB} MiB, {free // MIB} MiB are "
-                "free; choose a smaller model, nf4 with lora, or another machine"
+                f"{folder} with {list(techniques) or 'no technique'}: needs about {most // MIB} MiB, {free // MIB} MiB "
+                "are free; choose a smaller model, nf4 with lora, or another machine"
             )
 
 

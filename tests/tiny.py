@@ -7,7 +7,11 @@ from pathlib import Path
 
 import torch
 
-WORDS = ["the", "a", "cat", "dog", "bird", "fish", "runs", "sleeps", "sees", "likes", "red", "blue", "big", "small", "where", "is", "who", "what", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "yes", "no", "paris", "london", "rome", "berlin", "true", "false", "question", "answer", ":", ".", "?", ","]
+WORDS = [
+    *("the", "a", "cat", "dog", "bird", "fish", "runs", "sleeps", "sees", "likes", "red", "blue", "big", "small"),
+    *("where", "is", "who", "what", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "yes", "no", "paris", "london"),
+    *("rome", "berlin", "true", "false", "question", "answer", ":", ".", "?", ","),
+]
 SHAPE = {"vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES = ("llama", "bloom", "gpt2", "bert")
 DECODERS = ("llama", "bloom", "gpt2")

@@ -139,7 +139,7 @@ def notes(config: CompareConfig, twin: bool, workers: int) -> list[str]:
         "that do not train are deterministic and measured once.",
         f"Training ran {workers} jobs at a time; train seconds are means over seeds under that load.",
         f"Latency, tokens per second and memory: on {where}; {request['prompt_tokens']} prompt tokens and "
-        f"{request['new_tokens']} new ones, {request['warmups']} warm-ups, {request['runs']} runs, one request at a time.",
+        f"{request['new_tokens']} new ones, {request['warmups']} warm-ups, {request['runs']} runs, one at a time.",
         f"Peak memory is the larger of training ({config.shape[0]} rows of {config.shape[1]} tokens) and serving the "
         "saved artefact in a fresh process, each above the process's memory after imports.",
         "Artefact: bytes of the tensor files that the row saves; for adapters and prompts without the base.",

@@ -96,7 +96,7 @@ def run(config: EvalConfig) -> int:
     if config.data:
         common = {"metric": config.metric, "columns": config.columns, "max_length": config.max_length}
         tasks = [{"name": config.data, "data": config.data, "eval_data": config.data, **common}]
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for item in tasks:
         options = {"name": item} if isinstance(item, str) else item
         if config.split not in ("test", "dev"):

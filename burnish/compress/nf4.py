@@ -103,6 +103,11 @@ class NF4(Weight):
     """`packed` (ceil(out * in / 2),) uint8 and the blocks' constants: `absmax` float32, or with double quantisation
     `absmax` uint8 codes, `absmax2` float32 per 256 of them, and `offset` their mean."""
 
+    packed: Tensor
+    absmax: Tensor
+    absmax2: Tensor
+    offset: Tensor
+
     def __init__(self, shape: tuple[int, int], tensors: dict[str, Tensor]):
         super().__init__()
         self.shape = shape

@@ -48,7 +48,7 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     total = logits.double().logsumexp(dim=-1, keepdim=True)
     for width in (min(NUCLEUS, logits.shape[-1]), logits.shape[-1]):
         best, index = logits.topk(width)
-        mass = (best - total).double().exp().cumsum(dim=-1)
+        mass = (best - total).exp().cumsum(dim=-1)
         if mass[:, -1].min() >= p:
             break
     before = mass.roll(1, dims=-1)

@@ -26,6 +26,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define BLOCK 64
 #define MOST_TOKENS 8
+#define AT_ONCE(half) ((half) ? 4 : 2) /* rows */
 
 typedef float lanes __attribute__((vector_size(64))); /* 16 floats on every machine */
 
@@ -50,6 +51,8 @@ typedef union {
     uint16_t halves[64];
 } chunk;
 
+INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
 INLINE float widen(uint16_t half) {
     uint32_t bits = (uint32_t)half << 16;
     float value;
@@ -64,8 +67,14 @@ INLINE uint16_t narrow(float value) { /* to the nearest, ties to even */
     return value == value ? rounded : 0x7fc0;
 }
 
-INLINE float constant(const matrix *w, int64_t block) {
-    return w->codes ? w->map[w->codes[block]] * w->constants[block >> 8] + *w->offset : w->constants[block];
+/* `count` constants from block `first`. */
+INLINE void expand_constants(const matrix *w, int64_t first, int64_t count, float *out) {
+    if (!w->codes) {
+        memcpy(out, w->constants + first, 4 * count);
+        return;
+    }
+    for (int64_t i = 0; i < count; i++) out[i] = w->map[w->codes[first + i]];
+    for (int64_t i = 0; i < count; i++) out[i] = out[i] * w->constants[(first + i) >> 8] + *w->offset;
 }
 
 /* Weights of 32 bytes: even positions first, then odd ones. */
@@ -163,70 +172,86 @@ typedef struct {
     int out_half;
 } product;
 
-/* `rows_at_once` rows from `first` by `tokens_at_once` tokens of x from `token`; `tokens` of them are stored. */
-INLINE void tile(enum kind kind, int half, int rows_at_once, int tokens_at_once, const product *p, int64_t first,
-                 int64_t token, int64_t tokens) {
+/* `rows_at_once` rows from `first` by `tokens_at_once` tokens of x from `token`; `tokens` of them are stored.
+ * `scales` holds the constants of the group that begins at row `group`. */
+INLINE void tile(enum kind kind, int half, int rows_at_once, int tokens_at_once, const product *p, int64_t group,
+                 const float *scales, int64_t first, int64_t token, int64_t tokens) {
     const matrix *w = p->w;
     const int64_t blocks = (w->columns + BLOCK - 1) / BLOCK, row_bytes = kind == NF4 ? w->columns / 2 : w->columns;
+    const int64_t step = kind == NF4 ? BLOCK / 2 : BLOCK, x_step = half ? 2 * BLOCK : 4 * BLOCK;
+    const int64_t ahead = AT_ONCE(half) * row_bytes; /* the next group */
     const char *x = p->x + token * p->stride;
-    const int64_t x_step = half ? 2 * BLOCK : 4 * BLOCK;
     lanes sums[4][MOST_TOKENS] = {0};
-    int64_t row[4];
-    for (int r = 0; r < rows_at_once; r++) row[r] = first + r < w->rows ? first + r : w->rows - 1;
-    for (int64_t b = 0; b < blocks; b++, x += x_step) {
+    const uint8_t *bytes[4];
+    const float *scale[4];
+    for (int r = 0; r < rows_at_once; r++) {
+        const int64_t row = first + r < w->rows ? first + r : w->rows - 1;
+        bytes[r] = w->bytes + row * row_bytes;
+        scale[r] = scales + (row - group) * blocks;
+    }
+    for (int64_t b = 0; b < blocks; b++) {
         chunk weights[4];
         for (int r = 0; r < rows_at_once; r++) {
+            const uint8_t *from = bytes[r] + b * step;
+            __builtin_prefetch(from + ahead);
             if (kind == NF4) {
-                const uint8_t *bytes = w->bytes + row[r] * row_bytes + b * (BLOCK / 2);
-                weights[r] = expand_nf4(w, bytes, constant(w, row[r] * blocks + b), half);
+                weights[r] = expand_nf4(w, from, scale[r][b], half);
             } else {
-                const uint8_t *bytes = w->bytes + row[r] * row_bytes + b * BLOCK;
                 uint8_t padded[BLOCK] = {0};
-                if (b * BLOCK + BLOCK > w->columns) bytes = memcpy(padded, bytes, w->columns - b * BLOCK);
-                weights[r] = expand_int8(bytes, half);
+                if (b * BLOCK + BLOCK > w->columns) from = memcpy(padded, from, w->columns - b * BLOCK);
+                weights[r] = expand_int8(from, half);
             }
         }
         for (int t = 0; t < tokens_at_once; t++)
             for (int r = 0; r < rows_at_once; r++)
-                sums[r][t] = dot(&weights[r], x + t * p->stride, sums[r][t], half);
+                sums[r][t] = dot(&weights[r], x + t * p->stride + b * x_step, sums[r][t], half);
     }
     for (int r = 0; r < rows_at_once && first + r < w->rows; r++)
         for (int t = 0; t < tokens_at_once && t < tokens; t++) {
-            float value = total(sums[r][t]) * (kind == INT8 ? w->constants[row[r]] : 1.0f);
-            const int64_t at = (token + t) * w->rows + row[r];
+            float value = total(sums[r][t]) * (kind == INT8 ? w->constants[first + r] : 1.0f);
+            const int64_t at = (token + t) * w->rows + first + r;
             if (p->out_half) {
-                if (p->bias) value += widen(((const uint16_t *)p->bias)[row[r]]);
+                if (p->bias) value += widen(((const uint16_t *)p->bias)[first + r]);
                 ((uint16_t *)p->out)[at] = narrow(value);
             } else {
-                ((float *)p->out)[at] = value + (p->bias ? ((const float *)p->bias)[row[r]] : 0.0f);
+                ((float *)p->out)[at] = value + (p->bias ? ((const float *)p->bias)[first + r] : 0.0f);
             }
         }
 }
 
 /* One group of rows by all tokens. */
-INLINE void group_of(enum kind kind, int half, const product *p, int64_t group, int64_t tokens) {
-    const int at_once = half ? 4 : 2;
-    const int64_t first = group * at_once;
+INLINE void group_of(enum kind kind, int half, const product *p, int64_t group, int64_t tokens, float *scales) {
+    const int at_once = AT_ONCE(half);
+    const int64_t first = group * at_once, blocks = p->w->columns / BLOCK;
+    if (kind == NF4) expand_constants(p->w, first * blocks, min(at_once, p->w->rows - first) * blocks, scales);
     for (int64_t token = 0; token < tokens; token += MOST_TOKENS) {
         const int64_t left = tokens - token;
         if (left > 4) {
-            tile(kind, half, 2, 8, p, first, token, left);
-            if (half && first + 2 < p->w->rows) tile(kind, half, 2, 8, p, first + 2, token, left);
+            tile(kind, half, 2, 8, p, first, scales, first, token, left);
+            if (half && first + 2 < p->w->rows) tile(kind, half, 2, 8, p, first, scales, first + 2, token, left);
         } else if (left > 2)
-            tile(kind, half, at_once, 4, p, first, token, left);
+            tile(kind, half, at_once, 4, p, first, scales, first, token, left);
         else if (left > 1)
-            tile(kind, half, at_once, 2, p, first, token, left);
+            tile(kind, half, at_once, 2, p, first, scales, first, token, left);
         else
-            tile(kind, half, at_once, 1, p, first, token, left);
+            tile(kind, half, at_once, 1, p, first, scales, first, token, left);
     }
 }
 
 /* A function each, so that kind and half are constants in it. */
-static void nf4_wide(const product *p, int64_t group, int64_t tokens) { group_of(NF4, 0, p, group, tokens); }
-static void int8_wide(const product *p, int64_t group, int64_t tokens) { group_of(INT8, 0, p, group, tokens); }
+static void nf4_wide(const product *p, int64_t group, int64_t tokens, float *scales) {
+    group_of(NF4, 0, p, group, tokens, scales);
+}
+static void int8_wide(const product *p, int64_t group, int64_t tokens, float *scales) {
+    group_of(INT8, 0, p, group, tokens, scales);
+}
 #ifdef PAIRS
-static void nf4_half(const product *p, int64_t group, int64_t tokens) { group_of(NF4, 1, p, group, tokens); }
-static void int8_half(const product *p, int64_t group, int64_t tokens) { group_of(INT8, 1, p, group, tokens); }
+static void nf4_half(const product *p, int64_t group, int64_t tokens, float *scales) {
+    group_of(NF4, 1, p, group, tokens, scales);
+}
+static void int8_half(const product *p, int64_t group, int64_t tokens, float *scales) {
+    group_of(INT8, 1, p, group, tokens, scales);
+}
 #else
 #define nf4_half nf4_wide
 #define int8_half int8_wide
@@ -277,11 +302,15 @@ int matmul(int kind, const uint8_t *bytes, const uint8_t *codes, const float *co
     memset(arranged + tokens * stride, 0, (padded - tokens) * stride);
     const product p = {&w, arranged, stride, bias, out, x_half};
     arrange(kind, half, x, x_half, tokens, columns, arranged, stride);
-    void (*run)(const product *, int64_t, int64_t) =
+    void (*run)(const product *, int64_t, int64_t, float *) =
         kind == NF4 ? (half ? nf4_half : nf4_wide) : (half ? int8_half : int8_wide);
-    const int64_t at_once = half ? 4 : 2, groups = (rows + at_once - 1) / at_once;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t group = 0; group < groups; group++) run(&p, group, tokens);
+    const int64_t groups = (rows + AT_ONCE(half) - 1) / AT_ONCE(half);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float scales[AT_ONCE(half) * blocks];
+#pragma omp for schedule(static)
+        for (int64_t group = 0; group < groups; group++) run(&p, group, tokens, scales);
+    }
     free(arranged);
     return 0;
 }
@@ -298,7 +327,8 @@ void nf4_dequantize(const uint8_t *bytes, const uint8_t *codes, const float *con
         const uint8_t *from = bytes + b * (BLOCK / 2);
         if (left < BLOCK) from = memcpy(padded, from, (left + 1) / 2);
         const int64_t size = left < BLOCK ? left : BLOCK;
-        const float scale = constant(&w, b);
+        float scale;
+        expand_constants(&w, b, 1, &scale);
         chunk natural;
         if (!out_half) {
             const chunk c = expand_nf4(&w, from, scale, 0);

@@ -79,8 +79,8 @@ def visibility(
 
     if prefix is not None:
         index = torch.arange(prefix.size, device=device)
-        lengths = prefix.lengths
-        lengths = positions.new_full((batch, length), prefix.size) if lengths is None else lengths
+        full = positions.new_full((batch, length), prefix.size)
+        lengths = full if prefix.lengths is None else prefix.lengths
         shown = index >= prefix.size - lengths[..., None]
         seen = torch.cat((shown, seen), dim=2)
     mask = seen[:, None]

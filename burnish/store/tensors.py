@@ -54,7 +54,7 @@ class Entry:
         else:
             tensor = scratch[: self.nbytes].view(self.dtype).view(self.shape)
         if tensor.numel():
-            view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            view = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(self.start)
                 done = 0

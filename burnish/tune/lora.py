@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -98,12 +99,12 @@ def merge(model: Model, config: Config) -> str:
     for path, layer in layers(model).items():
         linear = layer.base
         if isinstance(linear.weight, Dense):
-            linear.weight.dense += layer.delta().to(linear.weight.dense.dtype)
+            linear.weight.dense.add_(layer.delta().to(linear.weight.dense.dtype))
         else:
             expanded.append(path)
             linear.weight = Dense((linear.weight.dequantize().float() + layer.delta()).to(torch.bfloat16))
             linear.weight.requires_grad_(False)
-        put(model.net, path, lambda wrapped: wrapped.base)
+        put(model.net, path, lambda wrapped: cast(LoRALinear, wrapped).base)
     for link in list(model.chain):
         if expanded and hasattr(link.config, "without"):
             link.config = link.config.without(expanded)

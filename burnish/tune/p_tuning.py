@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,11 @@ def parts(template: str) -> list[tuple[str, str | int]]:
     return [(kind, value) for kind, value in found if kind != "text" or str(value).strip()]
 
 
+def state(model: Model) -> PromptEncoder:
+    """The prompt encoder of a model that this technique was applied to."""
+    return cast(PromptEncoder, model.net.techniques[NAME])
+
+
 def apply(model: Model, config: Config, context: Context) -> Config:
     """Add the prompt encoder. Raises UserError for a template without pseudo tokens or without a column."""
     found = parts(config.template)
@@ -92,7 +97,7 @@ def rebuild(model: Model, config: Config) -> None:
 
 
 def encode(model: Model, config: Config, example: Example) -> Example:
-    encoder = model.net.techniques[NAME]
+    encoder = state(model)
     mask = getattr(model.tokenizer, "mask_token", None)
     start = example.prompt_length
     target = example.ids[start:]
@@ -142,13 +147,13 @@ def column(example: Example, name: str) -> str:
 
 
 def embed(model: Model, config: Config, embeds: Tensor, slots: Tensor) -> Tensor:
-    encoder = model.net.techniques[NAME]
+    encoder = state(model)
     return soft.fill(embeds, slots, encoder(), encoder.first)
 
 
 def finalize(model: Model, config: Config) -> Config:
     """Keep the encoder's outputs as a plain embedding; the LSTM and MLP are dropped."""
-    encoder = model.net.techniques[NAME]
+    encoder = state(model)
     with torch.no_grad():
         table = encoder()
     plain = PromptEncoder(encoder.num_slots, table.shape[1], "embedding", encoder.first).to(table.device)

@@ -10,7 +10,7 @@ tuning on small models. On an encoder the pseudo tokens stand after the first to
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +41,17 @@ class SoftPrompt(nn.Module):
         self.embedding = nn.Parameter(torch.zeros(count, hidden, device=device))
 
 
+def state(model: Model) -> SoftPrompt:
+    """The soft prompt of a model that this technique was applied to."""
+    return cast(SoftPrompt, model.net.techniques[NAME])
+
+
 def apply(model: Model, config: Config, context: Context) -> Config:
     """Add the soft prompt and start it as configured."""
     if config.num_virtual_tokens < 1:
         raise UserError(f"technique '{NAME}': num_virtual_tokens is {config.num_virtual_tokens}; at least 1 is needed")
     rebuild(model, config)
-    prompt = model.net.techniques[NAME]
+    prompt = state(model)
     table = model.net.embed_tokens.weight.detach()
     generator = torch.Generator().manual_seed(context.seed)
     count = config.num_virtual_tokens
@@ -72,7 +77,7 @@ def rebuild(model: Model, config: Config) -> None:
 
 
 def encode(model: Model, config: Config, example: Example) -> Example:
-    prompt = model.net.techniques[NAME]
+    prompt = state(model)
     count = config.num_virtual_tokens if example.virtual_tokens is None else example.virtual_tokens
     count = min(count, config.num_virtual_tokens)
     at = 0 if model.spec.causal else min(1, len(example.ids))
@@ -80,5 +85,5 @@ def encode(model: Model, config: Config, example: Example) -> Example:
 
 
 def embed(model: Model, config: Config, embeds: Tensor, slots: Tensor) -> Tensor:
-    prompt = model.net.techniques[NAME]
+    prompt = state(model)
     return soft.fill(embeds, slots, prompt.embedding, prompt.first)

@@ -147,8 +147,8 @@ def test_end_tokens_of_the_folder_and_stop_texts_that_are_special(root, tmp_path
     model = load(root)
     ids = generate(model, PROMPTS[:1], LONG)[0].ids
     end = ids[4]
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
-    model.path = str(tmp_path)
+    save(replace(model, path="", generation_config={"eos_token_id": [2, end]}), tmp_path)
+    model = burnish.load(tmp_path)
     assert eos_ids(model) == {1, 2, end}
     done = generate(model, PROMPTS[:1], GenerationConfig(max_new_tokens=12))[0]
     assert (done.finish_reason, done.ids) == ("eos", ids[: ids.index(end) + 1])
