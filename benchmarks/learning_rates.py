@@ -25,10 +25,10 @@ from burnish.store.identity import identity
 SEED = 17
 GRIDS = {
     "full": [1e-4, 3e-4, 1e-3, 2e-3, 4e-3],
-    "LoRA": [1e-3, 3e-3, 1e-2, 2e-2, 4e-2],
+    "LoRA": [5e-4, 1e-3, 2e-3, 5e-3, 1e-2],
     "prompt tuning": [1e-2, 3e-2, 1e-1, 3e-1, 1.0],
     "P-tuning": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
-    "prefix tuning": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
+    "prefix tuning": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
 }
 
 
@@ -50,6 +50,7 @@ def main() -> None:
                     "max_steps": steps,
                     "per_device_train_batch_size": recipe["per_device_train_batch_size"],
                     "warmup_ratio": recipe["warmup_ratio"],
+                    "bf16": recipe["bf16"],
                 }
                 job = {"kind": "quality", "model": options.model, "techniques": row["techniques"], "train": train}
                 job |= {"task": {"name": task, "split": "dev"}, "seeds": [SEED], "threads": 1}

@@ -23,10 +23,18 @@
 #endif
 #endif
 
+#ifdef _OPENMP
+#include <omp.h>
+#define THREAD omp_get_thread_num()
+#else
+#define THREAD 0
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 #define BLOCK 64
-#define MOST_TOKENS 8
-#define AT_ONCE(half) ((half) ? 4 : 2) /* rows */
+#define HEIGHT 4 /* rows and tokens worked on at once, 4 by 4 or 2 by 8: 16 sums fit the registers */
+#define WIDTH 4
+#define MOST_WIDTH 8
 
 typedef float lanes __attribute__((vector_size(64))); /* 16 floats on every machine */
 
@@ -137,20 +145,14 @@ INLINE lanes multiply_add(lanes a, lanes b, lanes sum) {
 #endif
 }
 
-INLINE lanes dot(const chunk *w, const void *x, lanes sum, int half) {
+/* One part, 64 bytes, of a chunk of weights by the same part of x. */
+INLINE lanes dot(lanes w, const char *x, lanes sum, int half) {
+    lanes values;
+    memcpy(&values, x, 64);
 #ifdef PAIRS
-    if (half) {
-        for (int i = 0; i < 2; i++)
-            sum = (lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w->pairs[i], (__m512bh)_mm512_loadu_si512((const char *)x + 64 * i));
-        return sum;
-    }
+    if (half) return (lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)values);
 #endif
-    for (int i = 0; i < 4; i++) {
-        lanes values;
-        memcpy(&values, (const char *)x + 64 * i, 64);
-        sum = multiply_add(w->wide[i], values, sum);
-    }
-    return sum;
+    return multiply_add(w, values, sum);
 }
 
 INLINE float total(lanes sum) {
@@ -165,127 +167,153 @@ INLINE float total(lanes sum) {
 
 typedef struct {
     const matrix *w;
-    const char *x;       /* ordered and padded activations: float32, or bfloat16 where `half` */
-    int64_t stride;      /* bytes between tokens in x */
-    const void *bias;    /* of the output's dtype; may be null */
+    const char *x;     /* arranged activations: float32, or bfloat16 where half */
+    int64_t stride;    /* bytes from a token to the next in x, and from a row to the next in a panel */
+    int64_t tokens;
+    const float *scale; /* of rows; may be null */
+    const void *bias;  /* of the output's dtype; may be null */
     void *out;
     int out_half;
 } product;
 
-/* `rows_at_once` rows from `first` by `tokens_at_once` tokens of x from `token`; `tokens` of them are stored.
- * `scales` holds the constants of the group that begins at row `group`. */
-INLINE void tile(enum kind kind, int half, int rows_at_once, int tokens_at_once, const product *p, int64_t group,
-                 const float *scales, int64_t first, int64_t token, int64_t tokens) {
-    const matrix *w = p->w;
-    const int64_t blocks = (w->columns + BLOCK - 1) / BLOCK, row_bytes = kind == NF4 ? w->columns / 2 : w->columns;
-    const int64_t step = kind == NF4 ? BLOCK / 2 : BLOCK, x_step = half ? 2 * BLOCK : 4 * BLOCK;
-    const int64_t ahead = AT_ONCE(half) * row_bytes; /* the next group */
-    const char *x = p->x + token * p->stride;
-    lanes sums[4][MOST_TOKENS] = {0};
-    const uint8_t *bytes[4];
-    const float *scale[4];
-    for (int r = 0; r < rows_at_once; r++) {
-        const int64_t row = first + r < w->rows ? first + r : w->rows - 1;
-        bytes[r] = w->bytes + row * row_bytes;
-        scale[r] = scales + (row - group) * blocks;
-    }
-    for (int64_t b = 0; b < blocks; b++) {
-        chunk weights[4];
-        for (int r = 0; r < rows_at_once; r++) {
-            const uint8_t *from = bytes[r] + b * step;
-            __builtin_prefetch(from + ahead);
-            if (kind == NF4) {
-                weights[r] = expand_nf4(w, from, scale[r][b], half);
-            } else {
-                uint8_t padded[BLOCK] = {0};
-                if (b * BLOCK + BLOCK > w->columns) from = memcpy(padded, from, w->columns - b * BLOCK);
-                weights[r] = expand_int8(from, half);
-            }
-        }
-        for (int t = 0; t < tokens_at_once; t++)
-            for (int r = 0; r < rows_at_once; r++)
-                sums[r][t] = dot(&weights[r], x + t * p->stride + b * x_step, sums[r][t], half);
-    }
-    for (int r = 0; r < rows_at_once && first + r < w->rows; r++)
-        for (int t = 0; t < tokens_at_once && t < tokens; t++) {
-            float value = total(sums[r][t]) * (kind == INT8 ? w->constants[first + r] : 1.0f);
-            const int64_t at = (token + t) * w->rows + first + r;
+/* 64 weights of a row, while those of the row HEIGHT further down are fetched. */
+INLINE chunk expand(enum kind kind, int half, const matrix *w, int64_t row, int64_t block, float scale) {
+    const int64_t row_bytes = kind == NF4 ? w->columns / 2 : w->columns;
+    const uint8_t *from = w->bytes + row * row_bytes + block * (kind == NF4 ? BLOCK / 2 : BLOCK);
+    __builtin_prefetch(from + HEIGHT * row_bytes, 0, 2);
+    if (kind == NF4) return expand_nf4(w, from, scale, half);
+    uint8_t padded[BLOCK] = {0};
+    if (block * BLOCK + BLOCK > w->columns) from = memcpy(padded, from, w->columns - block * BLOCK);
+    return expand_int8(from, half);
+}
+
+/* The sums of `height` rows from `first` and `width` tokens from `token`, scaled and shifted, into the output. */
+INLINE void store(int height, int width, const product *p, lanes sums[HEIGHT][MOST_WIDTH], int64_t first, int64_t token) {
+    for (int r = 0; r < height && first + r < p->w->rows; r++)
+        for (int t = 0; t < width && token + t < p->tokens; t++) {
+            float value = total(sums[r][t]) * (p->scale ? p->scale[first + r] : 1);
+            const int64_t at = (token + t) * p->w->rows + first + r;
             if (p->out_half) {
                 if (p->bias) value += widen(((const uint16_t *)p->bias)[first + r]);
                 ((uint16_t *)p->out)[at] = narrow(value);
             } else {
-                ((float *)p->out)[at] = value + (p->bias ? ((const float *)p->bias)[first + r] : 0.0f);
+                if (p->bias) value += ((const float *)p->bias)[first + r];
+                ((float *)p->out)[at] = value;
             }
         }
 }
 
-/* One group of rows by all tokens. */
-INLINE void group_of(enum kind kind, int half, const product *p, int64_t group, int64_t tokens, float *scales) {
-    const int at_once = AT_ONCE(half);
-    const int64_t first = group * at_once, blocks = p->w->columns / BLOCK;
-    if (kind == NF4) expand_constants(p->w, first * blocks, min(at_once, p->w->rows - first) * blocks, scales);
-    for (int64_t token = 0; token < tokens; token += MOST_TOKENS) {
-        const int64_t left = tokens - token;
-        if (left > 4) {
-            tile(kind, half, 2, 8, p, first, scales, first, token, left);
-            if (half && first + 2 < p->w->rows) tile(kind, half, 2, 8, p, first, scales, first + 2, token, left);
-        } else if (left > 2)
-            tile(kind, half, at_once, 4, p, first, scales, first, token, left);
-        else if (left > 1)
-            tile(kind, half, at_once, 2, p, first, scales, first, token, left);
-        else
-            tile(kind, half, at_once, 1, p, first, scales, first, token, left);
+/* `height` rows from `first` by `width` tokens from `token`, straight from the stored weights. */
+INLINE void direct_tile(enum kind kind, int half, int height, int width, const product *p, const float *scales,
+                        int64_t first, int64_t token) {
+    const int64_t blocks = (p->w->columns + BLOCK - 1) / BLOCK, last = p->w->rows - 1 - first;
+    const int parts = half ? 2 : 4;
+    const char *x = p->x + token * p->stride;
+    lanes sums[HEIGHT][MOST_WIDTH] = {0};
+    for (int64_t b = 0; b < blocks; b++, x += 64 * parts) {
+        chunk c[HEIGHT];
+        for (int r = 0; r < height; r++) {
+            const int64_t row = min(r, last); /* past the end: the last row again, and not stored */
+            c[r] = expand(kind, half, p->w, first + row, b, kind == NF4 ? scales[row * blocks + b] : 1);
+        }
+        for (int i = 0; i < parts; i++)
+            for (int r = 0; r < height; r++)
+                for (int t = 0; t < width; t++)
+                    sums[r][t] = dot(c[r].wide[i], x + t * p->stride + 64 * i, sums[r][t], half);
+    }
+    store(height, width, p, sums, first, token);
+}
+
+/* HEIGHT rows from `first`, expanded in `panel`, by WIDTH tokens from `token`. */
+INLINE void panel_tile(int half, const product *p, const char *panel, int64_t first, int64_t token) {
+    const char *x = p->x + token * p->stride;
+    lanes sums[HEIGHT][MOST_WIDTH] = {0};
+    for (int64_t at = 0; at < p->stride; at += 64)
+        for (int r = 0; r < HEIGHT; r++) {
+            lanes w;
+            memcpy(&w, panel + r * p->stride + at, 64);
+            for (int t = 0; t < WIDTH; t++) sums[r][t] = dot(w, x + t * p->stride + at, sums[r][t], half);
+        }
+    store(HEIGHT, WIDTH, p, sums, first, token);
+}
+
+/* HEIGHT rows from `first` by all tokens. Of many tokens in bfloat16, whose products cost less than expanding the
+ * weights again, all meet weights expanded once into `panel`. */
+INLINE void rows_of(enum kind kind, int half, const product *p, int64_t first, float *scales, char *panel) {
+    const matrix *w = p->w;
+    const int64_t blocks = (w->columns + BLOCK - 1) / BLOCK, count = min(HEIGHT, w->rows - first);
+    if (kind == NF4) expand_constants(w, first * blocks, count * blocks, scales);
+    if (half && p->tokens > MOST_WIDTH) {
+        for (int64_t r = 0; r < HEIGHT; r++)
+            for (int64_t b = 0; b < blocks; b++) {
+                const int64_t row = min(r, count - 1);
+                chunk c = expand(kind, half, w, first + row, b, kind == NF4 ? scales[row * blocks + b] : 1);
+                memcpy(panel + r * p->stride + 2 * BLOCK * b, &c, 2 * BLOCK);
+            }
+        for (int64_t token = 0; token < p->tokens; token += WIDTH) panel_tile(half, p, panel, first, token);
+        return;
+    }
+    const int height = half && p->tokens <= WIDTH ? HEIGHT : HEIGHT / 2; /* float32 takes twice the registers */
+    for (int64_t r = 0; r < count; r += height) {
+        const float *own = scales + r * blocks;
+        for (int64_t token = 0; token < p->tokens; token += MOST_WIDTH) {
+            const int64_t left = p->tokens - token;
+            if (left > WIDTH)
+                direct_tile(kind, half, HEIGHT / 2, MOST_WIDTH, p, own, first + r, token);
+            else if (left > 2)
+                direct_tile(kind, half, height, 4, p, own, first + r, token);
+            else if (left > 1)
+                direct_tile(kind, half, height, 2, p, own, first + r, token);
+            else
+                direct_tile(kind, half, height, 1, p, own, first + r, token);
+        }
     }
 }
 
 /* A function each, so that kind and half are constants in it. */
-static void nf4_wide(const product *p, int64_t group, int64_t tokens, float *scales) {
-    group_of(NF4, 0, p, group, tokens, scales);
-}
-static void int8_wide(const product *p, int64_t group, int64_t tokens, float *scales) {
-    group_of(INT8, 0, p, group, tokens, scales);
-}
+#define ROWS_OF(NAME, KIND, HALF)                                                          \
+    static void NAME(const product *p, int64_t first, float *scales, char *panel) {        \
+        rows_of(KIND, HALF, p, first, scales, panel);                                      \
+    }
+ROWS_OF(nf4_wide, NF4, 0)
+ROWS_OF(int8_wide, INT8, 0)
 #ifdef PAIRS
-static void nf4_half(const product *p, int64_t group, int64_t tokens, float *scales) {
-    group_of(NF4, 1, p, group, tokens, scales);
-}
-static void int8_half(const product *p, int64_t group, int64_t tokens, float *scales) {
-    group_of(INT8, 1, p, group, tokens, scales);
-}
+ROWS_OF(nf4_half, NF4, 1)
+ROWS_OF(int8_half, INT8, 1)
 #else
 #define nf4_half nf4_wide
 #define int8_half int8_wide
 #endif
 
-/* x widened if need be, padded with zeros to whole blocks and tiles, and for NF4 even positions before odd ones. */
+/* x widened if need be, padded with zeros to whole blocks, and for NF4 even positions before odd ones. */
 INLINE void arrange(enum kind kind, int half, const void *x, int x_half, int64_t tokens, int64_t columns, char *to,
                     int64_t stride) {
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t at = 0; at < columns; at += BLOCK) {
-            const int64_t count = columns - at < BLOCK ? columns - at : BLOCK;
+            const int64_t count = min(BLOCK, columns - at);
+            const uint16_t *halves = (const uint16_t *)x + t * columns + at;
             chunk natural = {0}, ordered;
             if (half)
-                memcpy(natural.halves, (const uint16_t *)x + t * columns + at, 2 * count);
+                memcpy(natural.halves, halves, 2 * count);
             else if (x_half)
-                for (int64_t i = 0; i < count; i++) natural.floats[i] = widen(((const uint16_t *)x)[t * columns + at + i]);
+                for (int64_t i = 0; i < count; i++) natural.floats[i] = widen(halves[i]);
             else
                 memcpy(natural.floats, (const float *)x + t * columns + at, 4 * count);
             ordered = natural;
-            if (kind == NF4)
-                for (int i = 0; i < 32; i++) {
-                    if (half) {
-                        ordered.halves[i] = natural.halves[2 * i];
-                        ordered.halves[32 + i] = natural.halves[2 * i + 1];
-                    } else {
-                        ordered.floats[i] = natural.floats[2 * i];
-                        ordered.floats[32 + i] = natural.floats[2 * i + 1];
-                    }
+            for (int i = 0; i < 32 && kind == NF4; i++) {
+                if (half) {
+                    ordered.halves[i] = natural.halves[2 * i];
+                    ordered.halves[32 + i] = natural.halves[2 * i + 1];
+                } else {
+                    ordered.floats[i] = natural.floats[2 * i];
+                    ordered.floats[32 + i] = natural.floats[2 * i + 1];
                 }
+            }
             memcpy(to + t * stride + at * (half ? 2 : 4), &ordered, half ? 2 * BLOCK : 4 * BLOCK);
         }
 }
 
-/* 0, or 1 where memory is short. NF4 needs columns that are a multiple of 64. */
+/* Returns 1 where memory is short, else 0. NF4 needs columns that are a multiple of 64. */
 int matmul(int kind, const uint8_t *bytes, const uint8_t *codes, const float *constants, const float *offset,
            const float *map, const float *levels, int64_t rows, int64_t columns, const void *x, int x_half,
            int64_t tokens, const void *bias, void *out, int threads) {
@@ -296,20 +324,20 @@ int matmul(int kind, const uint8_t *bytes, const uint8_t *codes, const float *co
     const int half = 0;
 #endif
     const int64_t blocks = (columns + BLOCK - 1) / BLOCK, stride = blocks * BLOCK * (half ? 2 : 4);
-    const int64_t padded = (tokens + MOST_TOKENS - 1) / MOST_TOKENS * MOST_TOKENS;
-    char *arranged = aligned_alloc(64, padded * stride);
+    const int64_t padded = (tokens + MOST_WIDTH - 1) / MOST_WIDTH * MOST_WIDTH;
+    const int64_t room = HEIGHT * (stride + (blocks * 4 + 63) / 64 * 64); /* of a thread: a panel and its constants */
+    char *arranged = aligned_alloc(64, padded * stride + threads * room);
     if (!arranged) return 1;
-    memset(arranged + tokens * stride, 0, (padded - tokens) * stride);
-    const product p = {&w, arranged, stride, bias, out, x_half};
     arrange(kind, half, x, x_half, tokens, columns, arranged, stride);
-    void (*run)(const product *, int64_t, int64_t, float *) =
+    memset(arranged + tokens * stride, 0, (padded - tokens) * stride);
+    const product p = {&w, arranged, stride, tokens, kind == INT8 ? constants : NULL, bias, out, x_half};
+    void (*run)(const product *, int64_t, float *, char *) =
         kind == NF4 ? (half ? nf4_half : nf4_wide) : (half ? int8_half : int8_wide);
-    const int64_t groups = (rows + AT_ONCE(half) - 1) / AT_ONCE(half);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float scales[AT_ONCE(half) * blocks];
+        char *panel = arranged + padded * stride + THREAD * room;
 #pragma omp for schedule(static)
-        for (int64_t group = 0; group < groups; group++) run(&p, group, tokens, scales);
+        for (int64_t first = 0; first < rows; first += HEIGHT) run(&p, first, (float *)(panel + HEIGHT * stride), panel);
     }
     free(arranged);
     return 0;

@@ -66,7 +66,7 @@ def near(split: str, seed: int = 0, world: World | None = None) -> list[Row]:
 
 
 def far(split: str, seed: int = 0) -> list[Row]:
-    """Translation into Tavic, which pretraining never showed: 600 train, 100 dev and 200 test phrases."""
+    """Translation into Tavic, which pretraining never showed: 300 train, 60 dev and 120 test phrases."""
     rng = _start("far", split, seed)
     rows: list[Row] = [
         {"prompt": f'In Tavic, "{phrase}" is', "completion": f" {language.translate(phrase)}"}
