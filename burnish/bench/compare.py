@@ -153,6 +153,9 @@ def run(config: CompareConfig) -> int:
 
     import rich
 
+    slower = device.compiler_line()
+    if slower:
+        print(slower, file=sys.stderr)
     results = compare(config, progress=lambda line: print(line, file=sys.stderr, flush=True))
     if config.json:
         print(json.dumps(results))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from burnish.bench.tasks import Task, majority
+from burnish.bench.tasks import Task, majority, target_column
 
 Result = Mapping[str, Any]
 NO_LATENCY = dict.fromkeys(("mean", "std", "p50", "p95"))
@@ -46,7 +46,7 @@ def task_cells(rows: list[RowConfig], task: Task, controls: bool) -> list[Cell]:
 
     cells = [Cell(row, task, chained(row)) for row in rows]
     trained = next((row for row in rows if learning_rate(row, task.name)), None)
-    if controls and trained and majority(task) is not None:
+    if controls and trained and target_column(task):
         cells.append(Cell(trained, task, chained(trained), control=True, shuffle=True))
     return cells
 

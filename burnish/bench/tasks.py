@@ -124,23 +124,29 @@ def limited(task: Task, count: int) -> Task:
     return Task(task.config, task.metric, some(task.train), some(task.test), task.label_names)
 
 
-def target_column(task: Task) -> str:
-    """The column that holds what a row should be answered with."""
-    return task.config.label_column or task.config.columns.get("completion", "completion")
+def target_column(task: Task) -> str | None:
+    """The column that holds what a row should be answered with, None for conversations and plain text."""
+    asked = task.config.label_column or task.config.columns.get("completion")
+    return next((name for name in (asked, "completion", "output") if task.train and name in task.train[0]), None)
 
 
 def majority(task: Task) -> float | None:
     """The score of always giving the most frequent training answer; None where the metric has no such score."""
     column = target_column(task)
-    if task.metric == "perplexity" or not task.train or column not in task.train[0]:
+    if task.metric == "perplexity" or column is None:
         return None
     common = Counter(str(row[column]) for row in task.train).most_common(1)[0][0]
     return sum(str(row[column]) == common for row in task.test) / len(task.test)
 
 
 def shuffled(task: Task, seed: int) -> list[Row]:
-    """The training rows with their answers dealt out at random: what a model learns without the connection."""
+    """The training rows with their answers dealt out at random: what a model learns without the connection.
+
+    Raises ValueError for a task whose rows have no answer column.
+    """
     column = target_column(task)
+    if column is None:
+        raise ValueError(f"task '{task.name}': its rows have no answer to deal out")
     answers = [row[column] for row in task.train]
     random.Random(seed).shuffle(answers)
     return [{**row, column: answer} for row, answer in zip(task.train, answers, strict=True)]

@@ -49,15 +49,16 @@ typedef struct {
     int64_t rows, columns;
 } matrix;
 
-/* 64 expanded weights, or 64 activations. */
+/* 64 expanded weights: four parts of 16 float32, or two of 32 bfloat16. */
+typedef struct {
+    lanes part[4];
+} chunk;
+
+/* The same in order, in memory. */
 typedef union {
-    lanes wide[4];
-#ifdef PAIRS
-    __m512i pairs[2];
-#endif
     float floats[64];
     uint16_t halves[64];
-} chunk;
+} flat;
 
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -95,21 +96,23 @@ INLINE chunk expand_nf4(const matrix *w, const uint8_t *bytes, float scale, int 
         /* A lookup takes five bits: the table twice makes the fifth, a bit of the other nibble, harmless. */
         __m512i twice = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(table));
         __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)bytes));
-        c.pairs[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), twice);
-        c.pairs[1] = _mm512_permutexvar_epi16(words, twice);
+        c.part[0] = (lanes)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), twice);
+        c.part[1] = (lanes)_mm512_permutexvar_epi16(words, twice);
         return c;
     }
 #endif
     for (int i = 0; i < 2; i++) {
         __m512i words = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)bytes + i));
-        c.wide[i] = (lanes)_mm512_permutexvar_ps(_mm512_srli_epi32(words, 4), table);
-        c.wide[2 + i] = (lanes)_mm512_permutexvar_ps(words, table);
+        c.part[i] = (lanes)_mm512_permutexvar_ps(_mm512_srli_epi32(words, 4), table);
+        c.part[2 + i] = (lanes)_mm512_permutexvar_ps(words, table);
     }
 #else
     float table[16];
     for (int i = 0; i < 16; i++) table[i] = w->levels[i] * scale;
-    for (int i = 0; i < 32; i++) c.floats[i] = table[bytes[i] >> 4];
-    for (int i = 0; i < 32; i++) c.floats[32 + i] = table[bytes[i] & 15];
+    flat split;
+    for (int i = 0; i < 32; i++) split.floats[i] = table[bytes[i] >> 4];
+    for (int i = 0; i < 32; i++) split.floats[32 + i] = table[bytes[i] & 15];
+    memcpy(&c, &split, sizeof c);
 #endif
     return c;
 }
@@ -119,17 +122,17 @@ INLINE chunk expand_int8(const uint8_t *bytes, int half) {
     chunk c;
 #ifdef WIDE
     for (int i = 0; i < 4; i++)
-        c.wide[i] = (lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)bytes + i)));
+        c.part[i] = (lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)bytes + i)));
 #ifdef PAIRS
     if (half) {
-        chunk narrowed;
-        for (int i = 0; i < 2; i++)
-            narrowed.pairs[i] = (__m512i)_mm512_cvtne2ps_pbh((__m512)c.wide[2 * i + 1], (__m512)c.wide[2 * i]);
-        return narrowed;
+        c.part[0] = (lanes)_mm512_cvtne2ps_pbh((__m512)c.part[1], (__m512)c.part[0]);
+        c.part[1] = (lanes)_mm512_cvtne2ps_pbh((__m512)c.part[3], (__m512)c.part[2]);
     }
 #endif
 #else
-    for (int i = 0; i < 64; i++) c.floats[i] = (int8_t)bytes[i];
+    flat values;
+    for (int i = 0; i < 64; i++) values.floats[i] = (int8_t)bytes[i];
+    memcpy(&c, &values, sizeof c);
 #endif
     return c;
 }
@@ -167,24 +170,31 @@ INLINE float total(lanes sum) {
 
 typedef struct {
     const matrix *w;
-    const char *x;     /* arranged activations: float32, or bfloat16 where half */
-    int64_t stride;    /* bytes from a token to the next in x, and from a row to the next in a panel */
+    const char *x;      /* arranged activations: float32, or bfloat16 where half */
+    int64_t stride;     /* bytes from a token to the next in x, and from a row to the next in a panel */
     int64_t tokens;
     const float *scale; /* of rows; may be null */
-    const void *bias;  /* of the output's dtype; may be null */
+    const void *bias;   /* of the output's dtype; may be null */
     void *out;
     int out_half;
 } product;
 
-/* 64 weights of a row, while those of the row HEIGHT further down are fetched. */
-INLINE chunk expand(enum kind kind, int half, const matrix *w, int64_t row, int64_t block, float scale) {
+/* A thread's own room: for HEIGHT rows the expanded weights, the constants, and what is left of int8 rows after their
+ * last whole block. */
+typedef struct {
+    char *panel;
+    float *scales;
+    uint8_t *rests;
+} room;
+
+/* 64 weights of row `first` + r, while those of the row HEIGHT further down are fetched. */
+INLINE chunk expand(enum kind kind, int half, const matrix *w, const room *own, int64_t first, int64_t r, int64_t block,
+                    int64_t blocks) {
     const int64_t row_bytes = kind == NF4 ? w->columns / 2 : w->columns;
-    const uint8_t *from = w->bytes + row * row_bytes + block * (kind == NF4 ? BLOCK / 2 : BLOCK);
+    const uint8_t *from = w->bytes + (first + r) * row_bytes + block * (kind == NF4 ? BLOCK / 2 : BLOCK);
     __builtin_prefetch(from + HEIGHT * row_bytes, 0, 2);
-    if (kind == NF4) return expand_nf4(w, from, scale, half);
-    uint8_t padded[BLOCK] = {0};
-    if (block * BLOCK + BLOCK > w->columns) from = memcpy(padded, from, w->columns - block * BLOCK);
-    return expand_int8(from, half);
+    if (kind == NF4) return expand_nf4(w, from, own->scales[r * blocks + block], half);
+    return expand_int8((block + 1) * BLOCK > w->columns ? own->rests + r * BLOCK : from, half);
 }
 
 /* The sums of `height` rows from `first` and `width` tokens from `token`, scaled and shifted, into the output. */
@@ -203,25 +213,23 @@ INLINE void store(int height, int width, const product *p, lanes sums[HEIGHT][MO
         }
 }
 
-/* `height` rows from `first` by `width` tokens from `token`, straight from the stored weights. */
-INLINE void direct_tile(enum kind kind, int half, int height, int width, const product *p, const float *scales,
-                        int64_t first, int64_t token) {
+/* `height` rows from the r-th after `first` by `width` tokens from `token`, straight from the stored weights. */
+INLINE void direct_tile(enum kind kind, int half, int height, int width, const product *p, const room *own,
+                        int64_t first, int64_t r0, int64_t token) {
     const int64_t blocks = (p->w->columns + BLOCK - 1) / BLOCK, last = p->w->rows - 1 - first;
     const int parts = half ? 2 : 4;
     const char *x = p->x + token * p->stride;
     lanes sums[HEIGHT][MOST_WIDTH] = {0};
     for (int64_t b = 0; b < blocks; b++, x += 64 * parts) {
         chunk c[HEIGHT];
-        for (int r = 0; r < height; r++) {
-            const int64_t row = min(r, last); /* past the end: the last row again, and not stored */
-            c[r] = expand(kind, half, p->w, first + row, b, kind == NF4 ? scales[row * blocks + b] : 1);
-        }
+        for (int r = 0; r < height; r++) /* past the end: the last row again, and not stored */
+            c[r] = expand(kind, half, p->w, own, first, min(r0 + r, last), b, blocks);
         for (int i = 0; i < parts; i++)
             for (int r = 0; r < height; r++)
                 for (int t = 0; t < width; t++)
-                    sums[r][t] = dot(c[r].wide[i], x + t * p->stride + 64 * i, sums[r][t], half);
+                    sums[r][t] = dot(c[r].part[i], x + t * p->stride + 64 * i, sums[r][t], half);
     }
-    store(height, width, p, sums, first, token);
+    store(height, width, p, sums, first + r0, token);
 }
 
 /* HEIGHT rows from `first`, expanded in `panel`, by WIDTH tokens from `token`. */
@@ -238,43 +246,43 @@ INLINE void panel_tile(int half, const product *p, const char *panel, int64_t fi
 }
 
 /* HEIGHT rows from `first` by all tokens. Of many tokens in bfloat16, whose products cost less than expanding the
- * weights again, all meet weights expanded once into `panel`. */
-INLINE void rows_of(enum kind kind, int half, const product *p, int64_t first, float *scales, char *panel) {
+ * weights again, all meet weights expanded once. */
+INLINE void rows_of(enum kind kind, int half, const product *p, const room *own, int64_t first) {
     const matrix *w = p->w;
     const int64_t blocks = (w->columns + BLOCK - 1) / BLOCK, count = min(HEIGHT, w->rows - first);
-    if (kind == NF4) expand_constants(w, first * blocks, count * blocks, scales);
+    const int64_t rest = w->columns % BLOCK;
+    if (kind == NF4) expand_constants(w, first * blocks, count * blocks, own->scales);
+    if (kind == INT8 && rest)
+        for (int64_t r = 0; r < count; r++) {
+            memset(own->rests + r * BLOCK, 0, BLOCK);
+            memcpy(own->rests + r * BLOCK, w->bytes + (first + r + 1) * w->columns - rest, rest);
+        }
     if (half && p->tokens > MOST_WIDTH) {
         for (int64_t r = 0; r < HEIGHT; r++)
             for (int64_t b = 0; b < blocks; b++) {
-                const int64_t row = min(r, count - 1);
-                chunk c = expand(kind, half, w, first + row, b, kind == NF4 ? scales[row * blocks + b] : 1);
-                memcpy(panel + r * p->stride + 2 * BLOCK * b, &c, 2 * BLOCK);
+                const chunk c = expand(kind, half, w, own, first, min(r, count - 1), b, blocks);
+                memcpy(own->panel + r * p->stride + 2 * BLOCK * b, &c, 2 * BLOCK);
             }
-        for (int64_t token = 0; token < p->tokens; token += WIDTH) panel_tile(half, p, panel, first, token);
-        return;
-    }
-    const int height = half && p->tokens <= WIDTH ? HEIGHT : HEIGHT / 2; /* float32 takes twice the registers */
-    for (int64_t r = 0; r < count; r += height) {
-        const float *own = scales + r * blocks;
-        for (int64_t token = 0; token < p->tokens; token += MOST_WIDTH) {
-            const int64_t left = p->tokens - token;
-            if (left > WIDTH)
-                direct_tile(kind, half, HEIGHT / 2, MOST_WIDTH, p, own, first + r, token);
-            else if (left > 2)
-                direct_tile(kind, half, height, 4, p, own, first + r, token);
-            else if (left > 1)
-                direct_tile(kind, half, height, 2, p, own, first + r, token);
+        for (int64_t token = 0; token < p->tokens; token += WIDTH) panel_tile(half, p, own->panel, first, token);
+    } else if (p->tokens > WIDTH) {
+        for (int64_t r = 0; r < count; r += HEIGHT / 2)
+            for (int64_t token = 0; token < p->tokens; token += MOST_WIDTH)
+                direct_tile(kind, half, HEIGHT / 2, MOST_WIDTH, p, own, first, r, token);
+    } else {
+        const int height = half ? HEIGHT : HEIGHT / 2; /* float32 takes twice the registers */
+        for (int64_t r = 0; r < count; r += height)
+            if (p->tokens > 2)
+                direct_tile(kind, half, height, 4, p, own, first, r, 0);
+            else if (p->tokens > 1)
+                direct_tile(kind, half, height, 2, p, own, first, r, 0);
             else
-                direct_tile(kind, half, height, 1, p, own, first + r, token);
-        }
+                direct_tile(kind, half, height, 1, p, own, first, r, 0);
     }
 }
 
 /* A function each, so that kind and half are constants in it. */
-#define ROWS_OF(NAME, KIND, HALF)                                                          \
-    static void NAME(const product *p, int64_t first, float *scales, char *panel) {        \
-        rows_of(KIND, HALF, p, first, scales, panel);                                      \
-    }
+#define ROWS_OF(NAME, KIND, HALF) \
+    static void NAME(const product *p, const room *own, int64_t first) { rows_of(KIND, HALF, p, own, first); }
 ROWS_OF(nf4_wide, NF4, 0)
 ROWS_OF(int8_wide, INT8, 0)
 #ifdef PAIRS
@@ -292,7 +300,7 @@ INLINE void arrange(enum kind kind, int half, const void *x, int x_half, int64_t
         for (int64_t at = 0; at < columns; at += BLOCK) {
             const int64_t count = min(BLOCK, columns - at);
             const uint16_t *halves = (const uint16_t *)x + t * columns + at;
-            chunk natural = {0}, ordered;
+            flat natural = {0}, ordered;
             if (half)
                 memcpy(natural.halves, halves, 2 * count);
             else if (x_half)
@@ -325,19 +333,21 @@ int matmul(int kind, const uint8_t *bytes, const uint8_t *codes, const float *co
 #endif
     const int64_t blocks = (columns + BLOCK - 1) / BLOCK, stride = blocks * BLOCK * (half ? 2 : 4);
     const int64_t padded = (tokens + MOST_WIDTH - 1) / MOST_WIDTH * MOST_WIDTH;
-    const int64_t room = HEIGHT * (stride + (blocks * 4 + 63) / 64 * 64); /* of a thread: a panel and its constants */
-    char *arranged = aligned_alloc(64, padded * stride + threads * room);
+    const int64_t each = HEIGHT * (stride + BLOCK + (blocks * 4 + 63) / 64 * 64); /* bytes of a thread's room */
+    char *arranged = aligned_alloc(64, padded * stride + threads * each);
     if (!arranged) return 1;
     arrange(kind, half, x, x_half, tokens, columns, arranged, stride);
     memset(arranged + tokens * stride, 0, (padded - tokens) * stride);
     const product p = {&w, arranged, stride, tokens, kind == INT8 ? constants : NULL, bias, out, x_half};
-    void (*run)(const product *, int64_t, float *, char *) =
+    void (*run)(const product *, const room *, int64_t) =
         kind == NF4 ? (half ? nf4_half : nf4_wide) : (half ? int8_half : int8_wide);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        char *panel = arranged + padded * stride + THREAD * room;
+        char *panel = arranged + padded * stride + THREAD * each;
+        uint8_t *rests = (uint8_t *)panel + HEIGHT * stride;
+        const room own = {panel, (float *)(rests + HEIGHT * BLOCK), rests};
 #pragma omp for schedule(static)
-        for (int64_t first = 0; first < rows; first += HEIGHT) run(&p, first, (float *)(panel + HEIGHT * stride), panel);
+        for (int64_t first = 0; first < rows; first += HEIGHT) run(&p, &own, first);
     }
     free(arranged);
     return 0;
@@ -357,25 +367,32 @@ void nf4_dequantize(const uint8_t *bytes, const uint8_t *codes, const float *con
         const int64_t size = left < BLOCK ? left : BLOCK;
         float scale;
         expand_constants(&w, b, 1, &scale);
-        chunk natural;
-        if (!out_half) {
+        flat natural;
+        if (out_half) {
+            flat split;
+#ifdef PAIRS
+            const chunk c = expand_nf4(&w, from, scale, 1);
+            memcpy(&split, &c, 2 * BLOCK);
+#else
             const chunk c = expand_nf4(&w, from, scale, 0);
-            for (int i = 0; i < 32; i++) {
-                natural.floats[2 * i] = c.floats[i];
-                natural.floats[2 * i + 1] = c.floats[32 + i];
-            }
-            memcpy((float *)out + b * BLOCK, &natural, 4 * size);
-        } else {
-            chunk c = expand_nf4(&w, from, scale, 1);
-#ifndef PAIRS
-            const chunk wide = c;
-            for (int i = 0; i < 64; i++) c.halves[i] = narrow(wide.floats[i]);
+            float wide[BLOCK];
+            memcpy(wide, &c, 4 * BLOCK);
+            for (int i = 0; i < BLOCK; i++) split.halves[i] = narrow(wide[i]);
 #endif
             for (int i = 0; i < 32; i++) {
-                natural.halves[2 * i] = c.halves[i];
-                natural.halves[2 * i + 1] = c.halves[32 + i];
+                natural.halves[2 * i] = split.halves[i];
+                natural.halves[2 * i + 1] = split.halves[32 + i];
             }
             memcpy((uint16_t *)out + b * BLOCK, &natural, 2 * size);
+        } else {
+            const chunk c = expand_nf4(&w, from, scale, 0);
+            flat split;
+            memcpy(&split, &c, 4 * BLOCK);
+            for (int i = 0; i < 32; i++) {
+                natural.floats[2 * i] = split.floats[i];
+                natural.floats[2 * i + 1] = split.floats[32 + i];
+            }
+            memcpy((float *)out + b * BLOCK, &natural, 4 * size);
         }
     }
 }

