@@ -3,14 +3,15 @@
     q = round(127 w / max|w_row|),    w ~ q max|w_row| / 127
 
 Source: vector-wise quantisation of LLM.int8 (arXiv 2208.07339), section 2.1, without its activation outliers.
-Values equal bitsandbytes' row-wise quantisation. In bf16 on a CPU the product runs on torch's packed int8 kernel;
-elsewhere the matrix is expanded for the product.
+Values equal bitsandbytes' row-wise quantisation. On a CPU `kernels.native` multiplies a few tokens by the stored
+bytes; for more, and elsewhere, the matrix is expanded for the product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ class Int8(Weight):
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if not native.takes(x, bias):
             return super().matmul(x, bias)
-        return native.int8_matmul(x, bias, self.values, self.scale)
+        stored = cast("dict[str, Tensor]", self._parameters)  # a module's attributes take half a microsecond each
+        return native.int8_matmul(x, bias, stored["values"], stored["scale"])
 
     def dequantize(self) -> Tensor:
         return self.dequantize_to(torch.float32)
@@ -67,7 +69,7 @@ class Int8(Weight):
     def dequantize_to(self, dtype: torch.dtype) -> Tensor:
         if native.usable(self.values.device, dtype):
             return native.int8_dequantize(dtype, self.values, self.scale)
-        return (self.values * self.scale[:, None]).to(dtype)
+        return (self.values * self.scale.float()[:, None]).to(dtype)
 
     def shard(self, dim: int, rank: int, world: int) -> Int8:
         scale = self.scale.chunk(world)[rank].clone() if dim == 0 else self.scale.clone()

@@ -5,7 +5,7 @@
 Source: QLoRA (arXiv 2305.14314), section 3: 4-bit NormalFloat and double quantisation, which takes the constants
 from 0.5 to 0.127 bits per parameter. `map8` is the signed dynamic 8-bit code of "8-bit Approximations for Parallelism"
 (arXiv 1511.04561) as bitsandbytes builds it. Values equal bitsandbytes'. Two weights share a byte, the first in the
-high nibble.
+high nibble. On a CPU `kernels.native` multiplies a few tokens by the stored bytes and expands the matrix for more.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -156,24 +157,26 @@ class NF4(Weight):
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.shape[1] % BLOCK or not native.takes(x, bias):
             return super().matmul(x, bias)
-        return native.nf4_matmul(x, bias, self.shape[0], self.packed, self._stored_constants(), levels("cpu"))
+        return native.nf4_matmul(x, bias, self.shape, *self._stored())
 
     def dequantize(self) -> Tensor:
         return self.dequantize_to(torch.float32)
 
     def dequantize_to(self, dtype: torch.dtype) -> Tensor:
         if native.usable(self.packed.device, dtype):
-            return native.nf4_dequantize(self.shape, dtype, self.packed, self._stored_constants(), levels("cpu"))
+            return native.nf4_dequantize(self.shape, dtype, *self._stored())
         count = self.shape[0] * self.shape[1]
         pairs = F.embedding(self.packed.int(), level_pairs(self.packed.device))  # (bytes, 2)
         wide = blocks(pairs.view(-1)[:count], BLOCK) * self.constants()[:, None]
         return wide.view(-1)[:count].view(self.shape).to(dtype)
 
-    def _stored_constants(self) -> tuple[Tensor, ...]:
-        """As `native` takes them."""
-        if self.absmax.dtype != torch.uint8:
-            return (self.absmax,)
-        return self.absmax, self.absmax2, self.offset, dynamic_map()
+    def _stored(self) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """Packed weights, constants and levels, as `native` takes them."""
+        found = cast("dict[str, Tensor]", self._parameters)  # a module's attributes take half a microsecond each
+        constants: tuple[Tensor, ...] = (found["absmax"],)
+        if "offset" in found:
+            constants += found["absmax2"], found["offset"], dynamic_map()
+        return found["packed"], constants, levels("cpu")
 
     def shard(self, dim: int, rank: int, world: int) -> NF4:
         part = self.dequantize().chunk(world, dim)[rank]

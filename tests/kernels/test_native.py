@@ -1,0 +1,228 @@
+"""The native kernels against their plain torch twins, on every instruction set that this processor has."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from burnish.compress.int8 import Int8
+from burnish.compress.nf4 import NF4
+from burnish.kernels import build, native
+
+EXTRA = {"native": (), "AVX2": ("-march=x86-64-v3",), "portable": ("-DPORTABLE",)}
+KINDS = [(NF4, True), (NF4, False), (Int8, None)]
+kinds = pytest.mark.parametrize(("kind", "double"), KINDS, ids=["nf4", "nf4, plain constants", "int8"])
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the size that a product of these norms has
+
+
+def supports(name: str) -> bool:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return name != "AVX2" or all(re.search(rf"\b{flag}\b", flags) for flag in ("avx2", "fma", "bmi2"))
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    if build.compiler() is None:
+        pytest.skip("no compiler")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield {name: native._load(extra) for name, extra in EXTRA.items() if supports(name)}
+    patch.undo()
+
+
+@pytest.fixture(params=EXTRA)
+def built(request, libraries, monkeypatch):
+    if request.param not in libraries:
+        pytest.skip(f"this processor has no {request.param}")
+    assert libraries[request.param] is not None
+    monkeypatch.setattr(native, "_loaded", [libraries[request.param]])
+
+
+def quantise(kind, double, rows: int, columns: int):
+    dense = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * 1000 + columns))
+    dense[0] = 0
+    return kind.quantize(dense) if double is None else kind.quantize(dense, double)
+
+
+def activations(tokens: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+
+
+def plainly(function):
+    """What `function` gives without the library."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_loaded", [None])
+        return function()
+
+
+def assert_product(got: torch.Tensor, want: torch.Tensor, x: torch.Tensor, weight) -> None:
+    assert got.shape == want.shape and got.dtype == want.dtype
+    size = x.float().norm() * weight.dequantize().norm() / x.shape[1] ** 0.5
+    assert (got.float() - want.float()).norm() <= CLOSE[got.dtype] * size
+
+
+@contextmanager
+def refused():
+    """No way past the kernels: expanding the matrix fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (NF4, Int8):
+            patch.setattr(kind, "dequantize_to", lambda self, dtype: pytest.fail("the matrix was expanded"))
+        yield
+
+
+@kinds
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 65), (5, 64), (64, 100), (33, 192), (1, 16448)])
+def test_the_expanded_matrix_is_the_twins(built, kind, double, dtype, shape):
+    weight = quantise(kind, double, *shape)
+    want = plainly(lambda: weight.dequantize_to(dtype))
+    assert torch.equal(weight.dequantize_to(dtype), want)
+    assert torch.equal(weight.dequantize(), plainly(weight.dequantize))
+
+
+@kinds
+@dtypes
+@pytest.mark.parametrize("rows", [1, 2, 5, 64])
+@pytest.mark.parametrize("columns", [64, 128, 320])
+@torch.no_grad()
+def test_products_are_the_twins(built, kind, double, dtype, rows, columns):
+    weight = quantise(kind, double, rows, columns)
+    inputs = [activations(tokens, columns, dtype) for tokens in range(1, native.MOST_TOKENS + 1)]
+    bias = torch.randn(rows)
+    want = [plainly(lambda x=x: (weight.matmul(x), weight.matmul(x, bias))) for x in inputs]
+    with refused():
+        got = [(weight.matmul(x), weight.matmul(x, bias)) for x in inputs]
+    for x, pair, twins in zip(inputs, got, want, strict=True):
+        assert_product(pair[0], twins[0], x, weight)
+        assert_product(pair[1], twins[1], x, weight)
+
+
+@dtypes
+@pytest.mark.parametrize("columns", [1, 7, 63, 65, 100, 130])
+@torch.no_grad()
+def test_int8_rows_of_any_length(built, dtype, columns):
+    weight = quantise(Int8, None, 9, columns)
+    inputs = [activations(tokens, columns, dtype) for tokens in (1, 2, 3, 7, 8, 9, 32)]
+    want = [plainly(lambda x=x: weight.matmul(x)) for x in inputs]
+    with refused():
+        got = [weight.matmul(x) for x in inputs]
+    for x, y, twin in zip(inputs, got, want, strict=True):
+        assert_product(y, twin, x, weight)
+
+
+@dtypes
+@pytest.mark.parametrize("columns", [5, 32, 100])
+@torch.no_grad()
+def test_nf4_rows_that_share_blocks(built, dtype, columns):
+    """Blocks of 64 run on over the ends of rows; there the matrix is expanded."""
+    weight = quantise(NF4, True, 9, columns)
+    for tokens in (1, 8):
+        x = activations(tokens, columns, dtype)
+        assert_product(weight.matmul(x), plainly(lambda x=x: weight.matmul(x)), x, weight)
+
+
+@kinds
+@torch.no_grad()
+def test_in_float32_a_tokens_result_does_not_depend_on_its_batch(built, kind, double):
+    weight, x = quantise(kind, double, 37, 192), activations(native.MOST_TOKENS, 192, torch.float32)
+    together = weight.matmul(x)
+    for tokens in range(1, len(x)):
+        assert torch.equal(weight.matmul(x[:tokens]), together[:tokens])
+
+
+@kinds
+@dtypes
+@torch.no_grad()
+def test_more_tokens_and_more_threads(built, kind, double, dtype):
+    weight, x = quantise(kind, double, 1030, 64), activations(40, 64, dtype)
+    assert_product(weight.matmul(x), plainly(lambda: weight.matmul(x)), x, weight)
+    alone = [weight.matmul(x[:3]), weight.matmul(x[:20]), weight.dequantize()]
+    torch.set_num_threads(3)
+    try:
+        assert weight.shape[0] * weight.shape[1] > native.SMALL
+        together = [weight.matmul(x[:3]), weight.matmul(x[:20]), weight.dequantize()]
+    finally:
+        torch.set_num_threads(1)
+    assert all(map(torch.equal, alone, together))
+
+
+@kinds
+@dtypes
+@torch.no_grad()
+def test_activations_that_are_not_contiguous(built, kind, double, dtype):
+    weight, x = quantise(kind, double, 10, 64), activations(64, 12, dtype).T
+    assert not x.is_contiguous()
+    for view in (x, x[::2], x[:2]):
+        assert torch.equal(weight.matmul(view), weight.matmul(view.contiguous()))
+
+
+@kinds
+@dtypes
+def test_gradients(built, kind, double, dtype):
+    weight, x = quantise(kind, double, 10, 64), activations(6, 64, dtype).requires_grad_()
+    bias, upstream = torch.randn(10, requires_grad=True), activations(6, 10, dtype)
+    got = torch.autograd.grad(weight.matmul(x, bias), (x, bias), upstream)
+    want = plainly(lambda: torch.autograd.grad(weight.matmul(x, bias), (x, bias), upstream))
+    assert all(map(torch.equal, got, want))
+    (alone,) = torch.autograd.grad(weight.matmul(x.detach(), bias), bias, upstream)
+    assert torch.equal(alone, want[1])
+
+
+@kinds
+@torch.no_grad()
+def test_other_dtypes_and_widths(built, kind, double):
+    weight = quantise(kind, double, 10, 64)
+    for dtype in (torch.float16, torch.float64):
+        x = activations(3, 64, dtype)
+        assert torch.equal(weight.matmul(x), plainly(lambda x=x: weight.matmul(x)))
+    assert weight.matmul(activations(0, 64, torch.float32)).shape == (0, 10)
+    with pytest.raises(ValueError, match=r"takes \(tokens, 64\)"):
+        weight.matmul(activations(3, 63, torch.float32))
+
+
+@kinds
+@torch.no_grad()
+def test_constants_that_were_cast(built, kind, double):
+    weight, x = quantise(kind, double, 10, 64).to(torch.bfloat16), activations(3, 64, torch.float32)
+    assert_product(weight.matmul(x), plainly(lambda: weight.matmul(x)), x, weight)
+    assert torch.equal(weight.dequantize(), plainly(weight.dequantize))
+
+
+def test_without_a_compiler_it_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    monkeypatch.setattr(build, "compiler_line", lambda: "no C++ compiler found")
+    monkeypatch.setattr(native, "_loaded", [])
+    weight = quantise(NF4, True, 4, 64)
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        for _ in range(2):
+            x = activations(2, 64, torch.float32)
+            assert_product(weight.matmul(x), x @ weight.dequantize().T, x, weight)
+    assert caplog.messages == ["no C++ compiler found"]
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no compiler")
+def test_a_compiler_that_fails(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "--no-such-flag"))
+    monkeypatch.setattr(native, "_loaded", [])
+    with caplog.at_level(logging.WARNING):
+        assert not native.usable(torch.device("cpu"), torch.float32)
+    assert len(caplog.messages) == 1 and "plain torch, slower" in caplog.messages[0]
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no compiler")
+def test_two_processes_build_at_once(tmp_path):
+    code = "from burnish.kernels import native; assert native.library() is not None"
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert [path.suffix for path in (tmp_path / "burnish").iterdir()] == [".so"]
