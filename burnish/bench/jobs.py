@@ -105,7 +105,8 @@ class Jobs:
     def quality(self, cell: Cell) -> Job:
         """The job that trains and measures a cell."""
         job = {"kind": "quality", "model": str(self.model), "techniques": cell.techniques, "shuffle": cell.shuffle}
-        settings = {"task": to_mapping(cell.task.config), "seeds": self.config.seeds, "train": self.training(cell)}
+        seeds = self.config.seeds[:1] if cell.shuffle else self.config.seeds  # a control needs no spread
+        settings = {"task": to_mapping(cell.task.config), "seeds": seeds, "train": self.training(cell)}
         return {**job, **settings, "threads": self.threads}
 
     def cost(self, cell: Cell) -> tuple[Job, Job]:
