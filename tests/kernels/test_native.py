@@ -67,6 +67,7 @@ def plainly(function):
 def assert_product(got: torch.Tensor, want: torch.Tensor, x: torch.Tensor, weight) -> None:
     assert got.shape == want.shape and got.dtype == want.dtype
     size = x.float().norm() * weight.dequantize().norm() / x.shape[1] ** 0.5
+    size += want.float().norm()  # the bias and the rounding of the result are in it too
     assert (got.float() - want.float()).norm() <= CLOSE[got.dtype] * size
 
 
