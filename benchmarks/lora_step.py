@@ -1,15 +1,14 @@
 """One LoRA training step, burnish against peft: the same weights, adapter, data, threads and core.
 
-    python benchmarks/lora_step.py --rounds 3 --steps 8 --threads 1 --cpu 0
+    python benchmarks/lora_step.py --rounds 3 --steps 7 --threads 1 --cpu 0
 
 The model is a random 134M Llama that transformers writes in bfloat16; peft writes the adapter that both start from.
-Every run is a process of its own, over one fixed batch with every token a target, so that the losses of both fall in
-the same course. burnish runs its own `train`; peft a plain loop with fused AdamW and the clipping that its
-documentation's Trainer does, in every combination of `autocast_adapter_dtype` and `torch.compile`; the fastest is the
-one compared with. Rounds go through the runs forwards and backwards in turn. A step's time is the median over the
-rounds' steps after the first two, in seconds and in CPU seconds of the process, which others on the machine disturb
-less; memory is the peak resident size above what the imports took. Compiling starts from an empty cache and is
-reported apart.
+Every run is a process of its own, over one fixed batch, so that the losses of both fall in the same course. burnish
+runs its own `train`; peft a plain loop with fused AdamW and the Trainer's clipping, in every combination of
+`autocast_adapter_dtype` and `torch.compile`; the fastest is the one compared with. Rounds go through the runs forwards
+and backwards in turn. A step's time is the median over the rounds' steps after the first two, in seconds and in CPU
+seconds of the process, which others on the machine disturb less; memory is the peak resident size above what the
+imports took. Compiling starts from an empty cache; its time is the first step's.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shlex
 import statistics
 import subprocess
@@ -37,8 +37,14 @@ SHAPE = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
-BATCH, LENGTH, RANK, ALPHA, RATE, CLIP = 4, 256, 8, 16, 1e-3, 1.0
+RANK, ALPHA, RATE, CLIP = 8, 16, 1e-3, 1.0
 TARGETS: dict[str, Any] = {"q_proj,v_proj": ["q_proj", "v_proj"], "all-linear": "all-linear"}
+CASES: dict[str, dict[str, Any]] = {  # `trained`: the share of each row, at its end, that is a target
+    "q,v 4 x 256": {"adapter": "q_proj,v_proj", "batch": 4, "length": 256, "trained": 1.0},
+    "all-linear 4 x 256": {"adapter": "all-linear", "batch": 4, "length": 256, "trained": 1.0},
+    "all-linear 1 x 1024": {"adapter": "all-linear", "batch": 1, "length": 1024, "trained": 1.0},
+    "all-linear 4 x 256, quarter": {"adapter": "all-linear", "batch": 4, "length": 256, "trained": 0.25},
+}
 RUNS: dict[str, dict[str, Any]] = {
     "burnish": {"compile": False},
     "peft": {"compile": False, "autocast_adapter_dtype": True},
@@ -51,7 +57,7 @@ RESULT = Path(__file__).parent / "results" / "lora_step.json"
 
 
 def write_models(folder: Path) -> None:
-    """The base with a one-word tokenizer, an adapter for each of `TARGETS`, and the batch, below `folder`."""
+    """The base with a one-word tokenizer, and an adapter for each of `TARGETS`, below `folder`."""
     import torch
     from peft import LoraConfig, get_peft_model
     from tokenizers import Tokenizer, models
@@ -65,8 +71,14 @@ def write_models(folder: Path) -> None:
         base = LlamaForCausalLM.from_pretrained(folder / "base")
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=modules, task_type="CAUSAL_LM")
         get_peft_model(base, config).save_pretrained(folder / name)
-    rows = torch.randint(SHAPE["vocab_size"], (BATCH, LENGTH)).tolist()
-    (folder / "batch.json").write_text(json.dumps(rows))
+
+
+def batch_of(case: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
+    """(rows of random ids, their labels)."""
+    draw = random.Random(0)
+    rows = [[draw.randrange(SHAPE["vocab_size"]) for _ in range(case["length"])] for _ in range(case["batch"])]
+    first = round(case["length"] * (1 - case["trained"]))
+    return rows, [[-100] * first + row[first:] for row in rows]
 
 
 class Meter:
@@ -105,19 +117,19 @@ class Meter:
         }
 
 
-def run_burnish(folder: Path, adapter: str, steps: int, compile: bool) -> dict[str, Any]:
+def run_burnish(folder: Path, case: dict[str, Any], steps: int, compile: bool) -> dict[str, Any]:
     from burnish.engine.settings import TrainConfig
     from burnish.engine.train import train
     from burnish.model.example import Example
     from burnish.store.checkpoint import load
 
-    rows = json.loads((folder / "batch.json").read_text())
+    rows, labels = batch_of(case)
     meter = Meter()
-    model = load(folder / adapter)
+    model = load(folder / case["adapter"])
     config = TrainConfig(
         learning_rate=RATE,
         lr_scheduler_type="constant",
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=case["batch"],
         max_steps=steps,
         max_grad_norm=CLIP,
         compile=compile,
@@ -125,24 +137,26 @@ def run_burnish(folder: Path, adapter: str, steps: int, compile: bool) -> dict[s
     meter.start()
     train(
         model,
-        [Example(ids=row, labels=row) for row in rows],
+        [Example(*pair) for pair in zip(rows, labels, strict=True)],
         config,
         progress=lambda step, total, loss, lr, speed, eta: meter.step(loss),
     )
     return meter.result()
 
 
-def run_peft(folder: Path, adapter: str, steps: int, compile: bool, autocast_adapter_dtype: bool) -> dict[str, Any]:
+def run_peft(
+    folder: Path, case: dict[str, Any], steps: int, compile: bool, autocast_adapter_dtype: bool
+) -> dict[str, Any]:
     import torch
     from peft import PeftModel
     from transformers import LlamaForCausalLM
 
-    rows = json.loads((folder / "batch.json").read_text())
+    rows, labels = batch_of(case)
     meter = Meter()
     base = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16, attn_implementation="sdpa")
     base.config.use_cache = False
     model = PeftModel.from_pretrained(
-        base, folder / adapter, is_trainable=True, autocast_adapter_dtype=autocast_adapter_dtype
+        base, folder / case["adapter"], is_trainable=True, autocast_adapter_dtype=autocast_adapter_dtype
     )
     model.train()
     if compile:
@@ -152,7 +166,7 @@ def run_peft(folder: Path, adapter: str, steps: int, compile: bool, autocast_ada
     meter.start()
     for _ in range(steps):
         ids = torch.tensor(rows)
-        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor(labels)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, CLIP)
         optimizer.step()
@@ -161,7 +175,7 @@ def run_peft(folder: Path, adapter: str, steps: int, compile: bool, autocast_ada
     return meter.result()
 
 
-def matrix_rate() -> dict[str, Any]:
+def matrix_rate(case: dict[str, Any]) -> dict[str, Any]:
     """Best GFLOP/s of the step's own bfloat16 products, and the seconds that all of them take at that rate.
 
     Counted are 2 * tokens * parameters for the forward pass and as much for the gradient of the inputs, which the
@@ -173,7 +187,8 @@ def matrix_rate() -> dict[str, Any]:
     hidden, wide, vocab, layers = (
         SHAPE[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers")
     )
-    tokens, targets = BATCH * LENGTH, BATCH * (LENGTH - 1)
+    tokens = case["batch"] * case["length"]
+    targets = sum(label != -100 for row in batch_of(case)[1] for label in row[1:])
     products = [  # (rows, out, in, forwards, backwards)
         (tokens, hidden, hidden, 4 * layers, 4 * layers - 3),
         (tokens, wide, hidden, 2 * layers, 2 * layers),
@@ -219,15 +234,15 @@ def worker(task: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(task["threads"])
     if task["run"] == "matrix rate":
-        return matrix_rate()
+        return matrix_rate(task["case"])
     call = run_burnish if task["run"].startswith("burnish") else run_peft
-    for name in (
-        ("burnish.engine.train", "burnish.store.checkpoint") if call is run_burnish else ("peft", "transformers")
-    ):
-        __import__(name)
-    if call is run_peft:
-        from transformers import LlamaForCausalLM  # noqa: F401  (its lazy import belongs to the baseline)
-    return call(Path(task["folder"]), task["adapter"], task["steps"], **RUNS[task["run"]])
+    if call is run_burnish:  # what is imported belongs to the baseline
+        import burnish.engine.train
+        import burnish.store.checkpoint  # noqa: F401
+    else:
+        import peft  # noqa: F401
+        from transformers import LlamaForCausalLM  # noqa: F401
+    return call(Path(task["folder"]), task["case"], task["steps"], **RUNS[task["run"]])
 
 
 def spawn(task: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -247,7 +262,7 @@ def spawn(task: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def summary(runs: list[dict[str, Any]], step_gflop: float, step_seconds: float) -> dict[str, Any]:
+def summary(runs: list[dict[str, Any]], tokens: int, step_gflop: float, step_seconds: float) -> dict[str, Any]:
     """Medians of the runs of one kind over all rounds."""
     steady = [second for run in runs for second in run["seconds"][2:]]
     cpu = [second for run in runs for second in run["cpu_seconds"][2:]]
@@ -256,8 +271,8 @@ def summary(runs: list[dict[str, Any]], step_gflop: float, step_seconds: float) 
         "step_seconds": statistics.median(steady),
         "step_cpu_seconds": median,
         "step_cpu_seconds_least": min(cpu),
-        "tokens_per_second": BATCH * LENGTH / statistics.median(steady),
-        "tokens_per_cpu_second": BATCH * LENGTH / median,
+        "tokens_per_second": tokens / statistics.median(steady),
+        "tokens_per_cpu_second": tokens / median,
         "gflop_per_cpu_second": step_gflop / median,
         "fraction_of_matrix_rate": step_seconds / median,
         "first_step_cpu_seconds": statistics.median(run["cpu_seconds"][0] for run in runs),
@@ -290,10 +305,10 @@ def compare(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8, help="per run; the first two are not timed")
+    parser.add_argument("--steps", type=int, default=7, help="per run; the first two are not timed")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu", default="", help="cores to pin to, as taskset takes them")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -305,48 +320,41 @@ def main() -> None:
     from burnish.device import environment
 
     measured: dict[str, dict[str, list[Any]]] = {
-        target: {run: [] for run in arguments.runs} for target in arguments.targets
+        case: {run: [] for run in ["matrix rate", *arguments.runs]} for case in arguments.cases
     }
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_models(folder)
-        common = {"folder": name, "steps": arguments.steps, "threads": arguments.threads}
-        rates = [spawn({**common, "run": "matrix rate"}, arguments)]
+        write_models(Path(name))
         for turn in range(arguments.rounds):
-            for target, by_run in measured.items():
+            for case, by_run in measured.items():
                 for run in list(by_run)[:: -1 if turn % 2 else 1]:
-                    found = spawn({**common, "run": run, "adapter": target}, arguments)
+                    task = {"folder": name, "steps": arguments.steps, "threads": arguments.threads, "case": CASES[case]}
+                    found = spawn({**task, "run": run}, arguments)
                     by_run[run].append(found)
-                    print(
-                        f"{turn + 1}/{arguments.rounds} {target:14} {run:28} "
-                        f"{statistics.median(found['cpu_seconds'][2:]):6.3f} CPU s, "
-                        f"{statistics.median(found['seconds'][2:]):6.3f} s a step, {found['peak_bytes'] >> 20} MiB, "
-                        f"loss {found['losses'][0]:.4f} -> {found['losses'][-1]:.4f}",
-                        flush=True,
-                    )
-            rates.append(spawn({**common, "run": "matrix rate"}, arguments))
-    rate = min(rates, key=lambda found: found["step_seconds"])
+                    if run != "matrix rate":
+                        print(
+                            f"{turn + 1}/{arguments.rounds} {case:28} {run:28} "
+                            f"{statistics.median(found['cpu_seconds'][2:]):6.3f} CPU s, "
+                            f"{statistics.median(found['seconds'][2:]):6.3f} s a step, "
+                            f"{found['peak_bytes'] >> 20} MiB, "
+                            f"loss {found['losses'][0]:.4f} -> {found['losses'][-1]:.4f}",
+                            flush=True,
+                        )
     report: dict[str, Any] = {
         "command": shlex.join(["python", "benchmarks/lora_step.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": environment(),
-        "work": {
-            "shape": SHAPE,
-            "batch": BATCH,
-            "length": LENGTH,
-            "r": RANK,
-            "lora_alpha": ALPHA,
-            "learning_rate": RATE,
-        },
+        "work": {"shape": SHAPE, "r": RANK, "lora_alpha": ALPHA, "learning_rate": RATE, "max_grad_norm": CLIP},
         "runs": {run: RUNS[run] for run in arguments.runs},
-        "matrix_rate": rate,
-        "targets": {},
+        "cases": {},
     }
-    for target, by_run in measured.items():
-        rows = {run: summary(found, rate["step_gflop"], rate["step_seconds"]) for run, found in by_run.items()}
-        versus = compare(rows) if len({run.split(",")[0] for run in rows}) == 2 else {}
-        report["targets"][target] = {"comparison": versus, "runs": rows}
-        print(target, json.dumps(versus, indent=2))
+    for case, by_run in measured.items():
+        rate = min(by_run.pop("matrix rate"), key=lambda found: found["step_seconds"])
+        tokens = CASES[case]["batch"] * CASES[case]["length"]
+        rows = {run: summary(found, tokens, rate["step_gflop"], rate["step_seconds"]) for run, found in by_run.items()}
+        both = len({run.split(",")[0] for run in rows}) == 2
+        versus = compare(rows) if both else {}
+        report["cases"][case] = {**CASES[case], "comparison": versus, "matrix_rate": rate, "runs": rows}
+        print(case, json.dumps(versus, indent=2))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -32,6 +32,7 @@ from burnish.engine.optim import adamw, gradient_norm, lr_factor, parameter_grou
 from burnish.engine.order import Order, encode
 from burnish.engine.progress import Board, Progress
 from burnish.engine.settings import TrainConfig, check
+from burnish.kernels.training import fused
 from burnish.model.example import Example
 
 log = logging.getLogger(__name__)
@@ -290,7 +291,8 @@ def _training_mode(model: Model, config: TrainConfig) -> Iterator[None]:
         for layer in net.layers:
             layer.compile()
     try:
-        yield
+        with fused(net):
+            yield
     finally:
         net.zero_grad()
         net.train(before[0])

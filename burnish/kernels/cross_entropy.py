@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from burnish.kernels import training
 from burnish.model.example import IGNORE
 
 
@@ -37,19 +38,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         grad_bias = weight.new_zeros(weight.shape[0], dtype=wide) if need_bias else None
 
+        room = hidden.new_empty(min(rows_per_chunk, hidden.shape[0]), head.shape[0])
         for start in range(0, hidden.shape[0], rows_per_chunk):
             x = hidden[start : start + rows_per_chunk]  # (n, H)
             target = labels[start : start + rows_per_chunk, None]  # (n, 1)
-            logits = F.linear(x, head, shift).to(wide)  # (n, V)
-            logits -= logits.amax(1, keepdim=True)
-            at_target = logits.gather(1, target)
-            total = logits.exp_().sum(1, keepdim=True)
-            loss += (total.log() - at_target).sum()
-            if not any(ctx.needs_input_grad):
+            logits = room[: len(x)]  # (n, V)
+            torch.mm(x, head.T, out=logits) if shift is None else torch.addmm(shift, x, head.T, out=logits)
+            part, slope = _loss_and_slope(logits, target, any(ctx.needs_input_grad))
+            loss += part
+            if slope is None:
                 continue
-            logits /= total
-            logits.scatter_add_(1, target, torch.full_like(at_target, -1.0))
-            slope = logits.to(hidden.dtype)  # (n, V): the gradient with respect to the logits
             if grad_hidden is not None:
                 torch.mm(slope, head, out=grad_hidden[start : start + rows_per_chunk])
             if grad_weight is not None:
@@ -58,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 else:
                     grad_weight += slope.T @ x
             if grad_bias is not None:
-                grad_bias += logits.sum(0)
+                grad_bias += slope.sum(0, dtype=wide)
 
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
@@ -72,6 +70,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # In place: autograd refuses a second backward pass over tensors changed so, instead of scaling twice.
         return *(None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors), None, None
+
+
+def _loss_and_slope(logits: Tensor, target: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """logits (n, V), target (n, 1) -> the summed loss and, if wanted, its gradient by the logits, in their dtype."""
+    if logits.dtype == torch.bfloat16 and logits.device.type == "cpu" and training.library():
+        return training.cross_entropy_(logits, target, wanted).sum(), logits if wanted else None
+    values = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    values -= values.amax(1, keepdim=True)
+    at_target = values.gather(1, target)
+    total = values.exp_().sum(1, keepdim=True)
+    loss = (total.log() - at_target).sum()
+    if not wanted:
+        return loss, None
+    values /= total
+    values.scatter_add_(1, target, torch.full_like(at_target, -1.0))
+    return loss, values.to(logits.dtype)
 
 
 def linear_cross_entropy(

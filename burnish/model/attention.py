@@ -124,7 +124,11 @@ class Attention(nn.Module):
         return q, k, v
 
     def forward(self, x: Tensor, frame: Frame) -> Tensor:
-        q, k, v = self.project(x, frame)
+        out = self.attend(*self.project(x, frame), frame)  # (B, T, heads, head_dim)
+        return self.o_proj(out.reshape(frame.batch * frame.length, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, frame: Frame) -> Tensor:
+        """q, k, v (B, T, heads, head_dim), not yet rotated -> (B, T, heads, head_dim)."""
         if frame.rotary is not None:
             q, k = rotate(q, *frame.rotary), rotate(k, *frame.rotary)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
@@ -137,4 +141,4 @@ class Attention(nn.Module):
             v = torch.cat((prefix.values[self.layer].expand(expand).to(v.dtype), v), dim=2)
         grouped = self.spec.num_kv_heads != self.spec.num_heads
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=frame.mask, is_causal=frame.causal, enable_gqa=grouped)
-        return self.o_proj(out.transpose(1, 2).reshape(frame.batch * frame.length, -1))
+        return out.transpose(1, 2)

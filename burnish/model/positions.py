@@ -40,9 +40,9 @@ def inverse_frequencies(spec: Spec, device: torch.device | None = None) -> Tenso
 
 def rotary_angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """positions (B, T) -> cos, sin, each (B, T, 1, head_dim), to multiply (B, T, heads, head_dim)."""
-    angles = positions[..., None].float() * frequencies
-    angles = torch.cat((angles, angles), dim=-1)[:, :, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = (positions[..., None].float() * frequencies)[:, :, None]
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

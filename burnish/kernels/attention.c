@@ -1,0 +1,304 @@
+/* Attention of bfloat16 training, forward and backward, on a processor with AVX512-BF16; `training.py` documents it and
+   has its plain torch twin. Arithmetic is in float32 but for the operands of products.
+
+   FlashAttention-2 (arXiv 2307.08691, sections 3.1 and 3.2), with whole rows of scores for BLOCK queries at a time, as
+   a processor's cache holds them: nothing of queries x keys is ever stored, and the backward pass computes the scores
+   again from the saved log-sum-exp. A product reads its left operand as 32-bit pairs of neighbouring terms at any
+   strides, and its right one packed as [pairs of terms][columns], long rows in panels of PANEL columns. */
+
+#ifdef __AVX512BF16__
+
+#include "avx512.h"
+
+#define BLOCK 16
+#define PANEL 64
+#define UP(n, to) (((n) + (to) - 1) / (to) * (to))
+
+/* Two rows as pairs: the low halves hold `first`. */
+INLINE void store_pairs(uint32_t *out, __m512 first, __m512 second) {
+    __m512i low = _mm512_cvtepu16_epi32(narrow(first)), high = _mm512_cvtepu16_epi32(narrow(second));
+    _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
+/* 4 rows x `vectors` * 16 columns of c (+)= a b over `terms` pairs. */
+INLINE void tile(const uint32_t *a, big row, big term, const uint32_t *b, big columns, float *c, big width, big terms,
+                 int more, const int vectors) {
+    __m512 sum[4][4];
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < vectors; j++)
+            sum[i][j] = more ? _mm512_loadu_ps(c + i * width + j * 16) : _mm512_setzero_ps();
+    for (big k = 0; k < terms; k++, a += term, b += columns) {
+        __m512bh right[4];
+        for (int j = 0; j < vectors; j++) right[j] = (__m512bh)_mm512_loadu_si512(b + j * 16);
+        for (int i = 0; i < 4; i++) {
+            __m512bh left = (__m512bh)_mm512_set1_epi32((int)a[i * row]);
+            for (int j = 0; j < vectors; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
+        }
+    }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < vectors; j++) _mm512_storeu_ps(c + i * width + j * 16, sum[i][j]);
+}
+
+/* c (m, n) with row length `width` (+)= a b: m a multiple of 4, n of 16. The pair of row i and term k is
+   a[i * row + k * term]; b has `columns` to a row, and its panels start `panel` apart. */
+static void product(const uint32_t *a, big row, big term, const uint32_t *b, big columns, big panel, float *c,
+                    big width, big m, big n, big terms, int more) {
+    for (big j = 0; j < n; j += PANEL)
+        for (big i = 0; i < m; i += 4) {
+            const uint32_t *left = a + i * row, *right = b + j / PANEL * panel;
+            float *out = c + i * width + j;
+            if (n - j >= 64) tile(left, row, term, right, columns, out, width, terms, more, 4);
+            else if (n - j >= 48) tile(left, row, term, right, columns, out, width, terms, more, 3);
+            else if (n - j >= 32) tile(left, row, term, right, columns, out, width, terms, more, 2);
+            else tile(left, row, term, right, columns, out, width, terms, more, 1);
+        }
+}
+
+/* One head's tensor of q, k, v or a gradient: element (batch, token, head, d) at these strides; d is contiguous. */
+typedef struct {
+    bf16 *at;
+    big batch, token, head;
+} Rows;
+
+typedef struct {
+    big batches, heads, kv_heads, queries, keys, size; /* size: head dimension, a multiple of 32 */
+    int causal, threads;
+    float scale;
+    const uint8_t *mask;         /* (batches, queries, keys), 1: visible; NULL for none */
+    const bf16 *cosine, *sine;   /* (batches, tokens, size), queries and keys alike; NULL for no rotation */
+} Shape;
+
+INLINE bf16 *head_of(Rows x, big batch, big token, big head) {
+    return x.at + batch * x.batch + token * x.token + head * x.head;
+}
+
+/* Rotate x (size,) by the angles of one token, or back where `sign` is -1; `out` may be float or bf16. */
+#define ROTATED(get, put)                                                                                          \
+    for (big d = 0; d < s->size / 2; d += 16) {                                                                    \
+        big e = d + s->size / 2;                                                                                   \
+        __m512 first = get(x + d), second = get(x + e);                                                            \
+        if (s->cosine) {                                                                                           \
+            const bf16 *c = s->cosine + at * s->size, *n = s->sine + at * s->size;                                 \
+            __m512 sd = _mm512_mul_ps(load(n + d), _mm512_set1_ps(sign));                                          \
+            __m512 se = _mm512_mul_ps(load(n + e), _mm512_set1_ps(sign));                                          \
+            __m512 turned = _mm512_fnmadd_ps(second, sign > 0 ? sd : se, _mm512_mul_ps(first, load(c + d)));       \
+            second = _mm512_fmadd_ps(first, sign > 0 ? se : sd, _mm512_mul_ps(second, load(c + e)));               \
+            first = turned;                                                                                        \
+        }                                                                                                          \
+        put(out + d, first);                                                                                       \
+        put(out + e, second);                                                                                      \
+    }
+
+/* Rows [0, tokens) of a head as (padded, size), rotated if asked, zero beyond. */
+static void gather(const Shape *s, Rows from, big batch, big head, big tokens, big padded, int rotate, bf16 *out) {
+    const float sign = 1;
+    Shape still = *s;
+    if (!rotate) still.cosine = NULL;
+    s = &still;
+    for (big t = 0; t < tokens; t++, out += s->size) {
+        const bf16 *x = head_of(from, batch, t, head);
+        big at = batch * tokens + t;
+        ROTATED(load, store)
+    }
+    memset(out, 0, (padded - tokens) * s->size * sizeof(bf16));
+}
+
+/* Rows (tokens, size) in float32 to a head's gradient, the rotation undone if asked. */
+static void scatter(const Shape *s, const float *x, Rows to, big batch, big head, big start, big tokens, big length,
+                    int rotate) {
+    const float sign = -1;
+    Shape still = *s;
+    if (!rotate) still.cosine = NULL;
+    s = &still;
+    for (big t = start; t < start + tokens; t++, x += s->size) {
+        bf16 *out = head_of(to, batch, t, head);
+        big at = batch * length + t;
+        ROTATED(_mm512_loadu_ps, store)
+    }
+}
+
+/* (rows, size) -> [panel of rows][size / 2][PANEL]: pairs along the row, for products over `size`. */
+static void pack_across(const bf16 *x, big rows, big size, uint32_t *out) {
+    const uint32_t *pair = (const uint32_t *)x;
+    for (big r = 0; r < rows; r++)
+        for (big d = 0; d < size / 2; d++) out[(r / PANEL * (size / 2) + d) * PANEL + r % PANEL] = *pair++;
+}
+
+/* (rows, size) -> [rows / 2][size]: pairs of rows, for products over the rows. */
+static void pack_down(const bf16 *x, big rows, big size, uint32_t *out) {
+    for (big r = 0; r < rows; r += 2)
+        for (big d = 0; d < size; d++) *out++ = x[r * size + d] | (uint32_t)x[(r + 1) * size + d] << 16;
+}
+
+/* Keys that any of the queries [start, start + BLOCK) sees: a bound, rounded up to 16. */
+static big reach(const Shape *s, big batch, big start) {
+    big end = start + BLOCK < s->queries ? start + BLOCK : s->queries, last = 0;
+    if (s->causal) last = end;
+    else if (!s->mask) last = s->keys;
+    else
+        for (big i = start; i < end; i++) {
+            const uint8_t *row = s->mask + (batch * s->queries + i) * s->keys;
+            big j = s->keys;
+            while (j > last && !row[j - 1]) j--;
+            last = j;
+        }
+    return UP(last, 16);
+}
+
+/* Which of the keys [j, j + 16) query i sees. */
+INLINE __mmask16 visible(const Shape *s, big batch, big i, big j) {
+    big seen = s->causal ? i + 1 : s->keys;
+    if (i >= s->queries || j >= seen) return 0;
+    __mmask16 most = seen - j >= 16 ? 0xffff : (1u << (seen - j)) - 1;
+    if (!s->mask) return most;
+    return _mm_mask_test_epi8_mask(most, _mm_maskz_loadu_epi8(most, s->mask + (batch * s->queries + i) * s->keys + j),
+                                   _mm_set1_epi8(-1));
+}
+
+typedef struct {
+    char *next;
+} Room;
+
+static void *take(Room *room, big bytes) {
+    void *found = room->next;
+    room->next += UP(bytes, 64);
+    return found;
+}
+
+static void forward_head(const Shape *s, Rows q, Rows k, Rows v, Rows out, float *lse, big batch, big head, Room room) {
+    big size = s->size, queries = UP(s->queries, BLOCK), keys = UP(s->keys, 16);
+    big group = s->heads / s->kv_heads, wide = size / 2;
+    bf16 *rows = take(&room, (queries > keys ? queries : keys) * size * 2);
+    uint32_t *kt = take(&room, UP(keys, PANEL) * size * 2), *vp = take(&room, keys * size * 2);
+    float *score = take(&room, BLOCK * keys * 4), *sum = take(&room, BLOCK * size * 4);
+    bf16 *weight = take(&room, BLOCK * keys * 2);
+    gather(s, k, batch, head / group, s->keys, keys, 1, rows);
+    pack_across(rows, keys, size, kt);
+    gather(s, v, batch, head / group, s->keys, keys, 0, rows);
+    pack_down(rows, keys, size, vp);
+    gather(s, q, batch, head, s->queries, queries, 1, rows);
+    for (big start = 0; start < s->queries; start += BLOCK) {
+        big seen = reach(s, batch, start), count = s->queries - start < BLOCK ? s->queries - start : BLOCK;
+        float total[BLOCK];
+        product((uint32_t *)rows + start * wide, wide, 1, kt, PANEL, PANEL * wide, score, keys, BLOCK, seen, wide, 0);
+        for (big i = 0; i < BLOCK; i++) {
+            float *line = score + i * keys;
+            const __m512 low = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(s->scale);
+            __m512 most = low, all = _mm512_setzero_ps();
+            for (big j = 0; j < seen; j += 16) {
+                __m512 x = _mm512_mask_mul_ps(low, visible(s, batch, start + i, j), _mm512_loadu_ps(line + j), scale);
+                _mm512_storeu_ps(line + j, x);
+                most = _mm512_max_ps(most, x);
+            }
+            float peak = i < count ? _mm512_reduce_max_ps(most) : 0;
+            for (big j = 0; j < seen; j += 16) {
+                __m512 x = exponential(_mm512_sub_ps(_mm512_loadu_ps(line + j), _mm512_set1_ps(peak)));
+                store(weight + i * keys + j, x);
+                all = _mm512_add_ps(all, x);
+            }
+            total[i] = _mm512_reduce_add_ps(all);
+            if (i < count) lse[(batch * s->heads + head) * s->queries + start + i] = peak + logf(total[i]);
+        }
+        product((uint32_t *)weight, keys / 2, 1, vp, size, PANEL, sum, size, BLOCK, size, seen / 2, 0);
+        for (big i = 0; i < count; i++)
+            for (big d = 0; d < size; d += 16)
+                store(head_of(out, batch, start + i, head) + d,
+                      _mm512_mul_ps(_mm512_loadu_ps(sum + i * size + d), _mm512_set1_ps(1 / total[i])));
+    }
+}
+
+static void backward_head(const Shape *s, Rows q, Rows k, Rows v, Rows out, Rows grad, const float *lse, Rows dq,
+                          Rows dk, Rows dv, big batch, big kv, Room room) {
+    big size = s->size, queries = UP(s->queries, BLOCK), keys = UP(s->keys, 16);
+    big group = s->heads / s->kv_heads, wide = size / 2, half = keys / 2;
+    bf16 *qs = take(&room, queries * size * 2), *gs = take(&room, queries * size * 2);
+    bf16 *rows = take(&room, keys * size * 2), *slope_rows = take(&room, BLOCK * keys * 2);
+    uint32_t *kt = take(&room, UP(keys, PANEL) * size * 2), *vt = take(&room, UP(keys, PANEL) * size * 2);
+    uint32_t *kp = take(&room, keys * size * 2);
+    uint32_t *qp = take(&room, queries * size * 2), *gp = take(&room, queries * size * 2);
+    float *key_sum = take(&room, keys * size * 4), *value_sum = take(&room, keys * size * 4);
+    float *score = take(&room, BLOCK * keys * 4), *slope = take(&room, BLOCK * keys * 4);
+    float *sum = take(&room, BLOCK * size * 4);
+    uint32_t *weights = take(&room, BLOCK * keys * 2), *slopes = take(&room, BLOCK * keys * 2);
+    gather(s, v, batch, kv, s->keys, keys, 0, rows);
+    pack_across(rows, keys, size, vt);
+    gather(s, k, batch, kv, s->keys, keys, 1, rows);
+    pack_across(rows, keys, size, kt);
+    pack_down(rows, keys, size, kp);
+    memset(key_sum, 0, keys * size * 4);
+    memset(value_sum, 0, keys * size * 4);
+    for (big head = kv * group; head < (kv + 1) * group; head++) {
+        gather(s, q, batch, head, s->queries, queries, 1, qs);
+        gather(s, grad, batch, head, s->queries, queries, 0, gs);
+        pack_down(qs, queries, size, qp);
+        pack_down(gs, queries, size, gp);
+        for (big start = 0; start < s->queries; start += BLOCK) {
+            big seen = reach(s, batch, start), count = s->queries - start < BLOCK ? s->queries - start : BLOCK;
+            const __m512 scale = _mm512_set1_ps(s->scale);
+            product((uint32_t *)qs + start * wide, wide, 1, kt, PANEL, PANEL * wide, score, keys, BLOCK, seen, wide, 0);
+            product((uint32_t *)gs + start * wide, wide, 1, vt, PANEL, PANEL * wide, slope, keys, BLOCK, seen, wide, 0);
+            for (big i = 0; i < BLOCK; i += 2) {
+                float level[2] = {0, 0}, mean[2] = {0, 0};
+                for (int side = 0; side < 2 && i + side < count; side++) {
+                    const bf16 *o = head_of(out, batch, start + i + side, head), *g = gs + (start + i + side) * size;
+                    __m512 dot = _mm512_setzero_ps();
+                    for (big d = 0; d < size; d += 16) dot = _mm512_fmadd_ps(load(o + d), load(g + d), dot);
+                    mean[side] = _mm512_reduce_add_ps(dot);
+                    level[side] = lse[(batch * s->heads + head) * s->queries + start + i + side];
+                }
+                for (big j = 0; j < seen; j += 16) {
+                    __m512 p[2], ds[2];
+                    for (int side = 0; side < 2; side++) {
+                        float *line = score + (i + side) * keys + j;
+                        __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(line), scale, _mm512_set1_ps(level[side]));
+                        p[side] = _mm512_maskz_mov_ps(visible(s, batch, start + i + side, j), exponential(x));
+                        x = _mm512_sub_ps(_mm512_loadu_ps(slope + (i + side) * keys + j), _mm512_set1_ps(mean[side]));
+                        ds[side] = _mm512_mul_ps(_mm512_mul_ps(p[side], scale), x);
+                        store(slope_rows + (i + side) * keys + j, ds[side]);
+                    }
+                    store_pairs(weights + i / 2 * keys + j, p[0], p[1]);
+                    store_pairs(slopes + i / 2 * keys + j, ds[0], ds[1]);
+                }
+            }
+            product(weights, 1, keys, gp + start / 2 * size, size, PANEL, value_sum, size, seen, size, BLOCK / 2, 1);
+            product(slopes, 1, keys, qp + start / 2 * size, size, PANEL, key_sum, size, seen, size, BLOCK / 2, 1);
+            product((uint32_t *)slope_rows, half, 1, kp, size, PANEL, sum, size, BLOCK, size, seen / 2, 0);
+            scatter(s, sum, dq, batch, head, start, count, s->queries, 1);
+        }
+    }
+    scatter(s, key_sum, dk, batch, kv, 0, s->keys, s->keys, 1);
+    scatter(s, value_sum, dv, batch, kv, 0, s->keys, s->keys, 0);
+}
+
+/* Bytes of scratch per thread, the largest of both passes. */
+static big scratch(const Shape *s) {
+    big queries = UP(s->queries, BLOCK), keys = UP(s->keys, PANEL), longest = queries > keys ? queries : keys;
+    return longest * s->size * 32 + BLOCK * (keys * 14 + s->size * 4) + 64 * 32;
+}
+
+/* 1 where there is no memory for scratch. */
+int attention_forward(const Shape *s, const Rows *t, float *lse) {
+    char *room = aligned_alloc(64, UP(scratch(s), 64) * s->threads);
+    if (!room) return 1;
+#pragma omp parallel for num_threads(s->threads) schedule(static)
+    for (int thread = 0; thread < s->threads; thread++)
+        for (big item = thread; item < s->batches * s->heads; item += s->threads)
+            forward_head(s, t[0], t[1], t[2], t[3], lse, item / s->heads, item % s->heads,
+                         (Room){room + thread * UP(scratch(s), 64)});
+    free(room);
+    return 0;
+}
+
+int attention_backward(const Shape *s, const Rows *t, const float *lse) {
+    char *room = aligned_alloc(64, UP(scratch(s), 64) * s->threads);
+    if (!room) return 1;
+#pragma omp parallel for num_threads(s->threads) schedule(static)
+    for (int thread = 0; thread < s->threads; thread++)
+        for (big item = thread; item < s->batches * s->kv_heads; item += s->threads)
+            backward_head(s, t[0], t[1], t[2], t[3], t[4], lse, t[5], t[6], t[7], item / s->kv_heads,
+                          item % s->kv_heads, (Room){room + thread * UP(scratch(s), 64)});
+    free(room);
+    return 0;
+}
+
+#endif

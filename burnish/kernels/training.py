@@ -1,0 +1,266 @@
+"""What stands between the weights' products in a bfloat16 training step on a CPU: attention with its rotary embedding,
+RMSNorm, the gated SiLU, and softmax cross-entropy.
+
+Each is one pass of C (`attention.c`, `pointwise.c`, built by the system's compiler on first use) where torch needs
+several over temporaries, and keeps less for the backward pass: attention its inputs before rotation and one number per
+row. torch 2.13's own CPU attention runs its bfloat16 backward pass at a fifth of the processor's matrix rate.
+`fused` puts them into a network for as long as it trains; whatever they do not cover (another dtype or device,
+a processor without AVX512-BF16, no compiler, a cache, a prefix, ALiBi) goes the plain way. Under `torch.compile` only
+attention is replaced, as the compiler fuses the rest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from burnish.kernels import build
+from burnish.model.attention import Attention, Frame
+from burnish.model.transformer import ACTIVATIONS, MLP, Norm, Transformer
+
+SIZES = 32  # head dimensions are multiples of it
+
+_lock = threading.Lock()
+
+
+class _Rows(ctypes.Structure):
+    """A (batch, token, head, d) tensor."""
+
+    _fields_ = (("at", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "token", "head")))
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batches", "heads", "kv_heads", "queries", "keys", "size")),
+        ("causal", ctypes.c_int),
+        ("threads", ctypes.c_int),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("mask", "cosine", "sine")),
+    )
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, built if need be; None on a processor or a machine that cannot have them."""
+    with _lock:
+        return _library()
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    found = build.load(("attention.c", "pointwise.c"), ("avx512.h",))
+    if found is None or not hasattr(found, "attention_forward"):
+        return None
+    pointer, count, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    for name in ("attention_forward", "attention_backward"):
+        getattr(found, name).argtypes = [ctypes.POINTER(_Shape), ctypes.POINTER(_Rows), pointer]
+    found.rms_norm_forward.argtypes = [pointer, pointer, number, count, count, pointer, pointer, flag]
+    found.rms_norm_backward.argtypes = [pointer, pointer, pointer, pointer, count, count, pointer, flag]
+    found.gated_silu_forward.argtypes = [pointer, pointer, count, pointer, flag]
+    found.gated_silu_backward.argtypes = [pointer, pointer, pointer, count, pointer, pointer, flag]
+    found.cross_entropy.argtypes = [pointer, pointer, count, count, pointer, flag, flag]
+    return found
+
+
+def _ready() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, "ask library() first"
+    return found
+
+
+@contextmanager
+def fused(net: Transformer) -> Iterator[None]:
+    """Run the network's attention, RMSNorm and gated SiLU by the kernels inside the block, wherever they can."""
+    swaps: dict[type, type] = {Attention: _Attention, Norm: _Norm, MLP: _MLP} if library() else {}
+    swapped = [(module, type(module)) for module in net.modules() if type(module) in swaps]
+    for module, plain in swapped:
+        module.__class__ = swaps[plain]
+    try:
+        yield
+    finally:
+        for module, plain in swapped:
+            module.__class__ = plain
+
+
+class _Attention(Attention):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, frame: Frame) -> Tensor:
+        bare = frame.cache is None and frame.prefix is None and (frame.mask is None or frame.mask.dtype == torch.bool)
+        if not bare or q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[-1] % SIZES:
+            return super().attend(q, k, v, frame)
+        cosine, sine = frame.rotary or (None, None)
+        return scaled_dot_product_attention(q, k, v, cosine, sine, frame.mask, frame.causal)[0]
+
+
+class _Norm(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None or self.weight.requires_grad or not _takes(x):
+            return super().forward(x)
+        return _RMSNorm.apply(x.contiguous(), self.weight.to(x.dtype), self.eps)
+
+
+class _MLP(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None or self.act is not ACTIVATIONS["silu"] or not _takes(x):
+            return super().forward(x)
+        return self.down_proj(_GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+def _takes(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+
+
+@torch.library.custom_op("burnish::attention", mutates_args=())
+def scaled_dot_product_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(D)) v of bfloat16 heads, and the log-sum-exp (B, heads, T) of each row of scores.
+
+    q (B, T, heads, D), k and v (B, S, kv_heads, D) at any strides, D a multiple of 32. cosine and sine
+    (B, T, 1, D) rotate q and k first, as `positions.rotate` does, or are None. mask (B, 1, T, S), bool, True where the
+    query sees the key; `causal` adds that key j <= query i. Every query sees a key. Gives (B, T, heads, D).
+    """
+    out, log_sum = _empty_results(q, k, v, cosine, sine, mask, causal)
+    (q, k, v), tables = _dense(q, k, v), _tables(q, k, cosine, sine, mask)
+    _check(_ready().attention_forward(_shape(q, k, causal, *tables), _rows(q, k, v, out), log_sum.data_ptr()))
+    return out, log_sum
+
+
+@scaled_dot_product_attention.register_fake
+def _empty_results(
+    q: Tensor, k: Tensor, v: Tensor, cosine: Any, sine: Any, mask: Any, causal: bool
+) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+@torch.library.custom_op("burnish::attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _empty_gradients(grad, q, k, v, out, log_sum, cosine, sine, mask, causal)
+    (q, k, v, grad), tables = _dense(q, k, v, grad), _tables(q, k, cosine, sine, mask)
+    tensors = _rows(q, k, v, out, grad, *gradients)
+    _check(_ready().attention_backward(_shape(q, k, causal, *tables), tensors, log_sum.data_ptr()))
+    return gradients
+
+
+@_attention_backward.register_fake
+def _empty_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.causal = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate_attention(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_attention_backward(grad, *ctx.saved_tensors, ctx.causal), None, None, None, None
+
+
+scaled_dot_product_attention.register_autograd(_differentiate_attention, setup_context=_save_attention)
+
+
+def _dense(*tensors: Tensor) -> list[Tensor]:
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def _rows(*tensors: Tensor) -> Any:
+    return (_Rows * len(tensors))(*(_Rows(x.data_ptr(), *x.stride()[:3]) for x in tensors))
+
+
+def _tables(
+    q: Tensor, k: Tensor, cosine: Tensor | None, sine: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The angles (B, T, 1, D) and the mask (B, 1, T, S), each dense."""
+    if mask is not None:
+        mask = mask.expand(len(q), 1, q.shape[1], k.shape[1]).contiguous()
+    return mask, *(None if x is None else x.expand(*q.shape[:2], 1, q.shape[3]).contiguous() for x in (cosine, sine))
+
+
+def _shape(q: Tensor, k: Tensor, causal: bool, *tables: Tensor | None) -> _Shape:
+    batch, length, heads, size = q.shape
+    sizes = (batch, heads, k.shape[2], length, k.shape[1], size)
+    pointers = (None if table is None else table.data_ptr() for table in tables)
+    return _Shape(*sizes, causal, torch.get_num_threads(), 1 / math.sqrt(size), *pointers)
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("no memory for attention's scratch")
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x (rows, size), frozen weight (size,)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, inverse = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+        tensors = (x.data_ptr(), weight.data_ptr(), eps, *x.shape, y.data_ptr(), inverse.data_ptr())
+        _ready().rms_norm_forward(*tensors, torch.get_num_threads())
+        ctx.save_for_backward(x, weight, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        grad, dx = grad.contiguous(), torch.empty_like(x)
+        inputs = (grad.data_ptr(), x.data_ptr(), weight.data_ptr(), inverse.data_ptr(), *x.shape)
+        _ready().rms_norm_backward(*inputs, dx.data_ptr(), torch.get_num_threads())
+        return dx, None, None
+
+
+class _GatedSiLU(torch.autograd.Function):
+    """silu(gate) * up, of one shape."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        out = torch.empty_like(gate)
+        inputs = (gate.data_ptr(), up.data_ptr(), gate.numel())
+        _ready().gated_silu_forward(*inputs, out.data_ptr(), torch.get_num_threads())
+        ctx.save_for_backward(gate, up)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad, dgate, dup = grad.contiguous(), torch.empty_like(gate), torch.empty_like(up)
+        inputs = (grad.data_ptr(), gate.data_ptr(), up.data_ptr(), gate.numel())
+        _ready().gated_silu_backward(*inputs, dgate.data_ptr(), dup.data_ptr(), torch.get_num_threads())
+        return dgate, dup
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
+    """Losses (rows,) in float32 of bfloat16 logits (rows, classes); logits become their gradient where it is asked."""
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    labels = labels.contiguous()
+    inputs = (logits.data_ptr(), labels.data_ptr(), *logits.shape)
+    _ready().cross_entropy(*inputs, losses.data_ptr(), gradient, torch.get_num_threads())
+    return losses
