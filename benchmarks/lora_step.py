@@ -262,7 +262,7 @@ def spawn(task: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def summary(runs: list[dict[str, Any]], tokens: int, step_gflop: float, step_seconds: float) -> dict[str, Any]:
+def summary(runs: list[dict[str, Any]], tokens: int, threads: int, rate: dict[str, Any]) -> dict[str, Any]:
     """Medians of the runs of one kind over all rounds."""
     steady = [second for run in runs for second in run["seconds"][2:]]
     cpu = [second for run in runs for second in run["cpu_seconds"][2:]]
@@ -273,8 +273,8 @@ def summary(runs: list[dict[str, Any]], tokens: int, step_gflop: float, step_sec
         "step_cpu_seconds_least": min(cpu),
         "tokens_per_second": tokens / statistics.median(steady),
         "tokens_per_cpu_second": tokens / median,
-        "gflop_per_cpu_second": step_gflop / median,
-        "fraction_of_matrix_rate": step_seconds / median,
+        "gflop_per_cpu_second": rate["step_gflop"] / median,
+        "fraction_of_matrix_rate": rate["step_seconds"] * threads / median,
         "first_step_cpu_seconds": statistics.median(run["cpu_seconds"][0] for run in runs),
         "peak_bytes": statistics.median(run["peak_bytes"] for run in runs),
         "steady_peak_bytes": statistics.median(run["steady_peak_bytes"] for run in runs),
@@ -350,7 +350,7 @@ def main() -> None:
     for case, by_run in measured.items():
         rate = min(by_run.pop("matrix rate"), key=lambda found: found["step_seconds"])
         tokens = CASES[case]["batch"] * CASES[case]["length"]
-        rows = {run: summary(found, tokens, rate["step_gflop"], rate["step_seconds"]) for run, found in by_run.items()}
+        rows = {run: summary(found, tokens, arguments.threads, rate) for run, found in by_run.items()}
         both = len({run.split(",")[0] for run in rows}) == 2
         versus = compare(rows) if both else {}
         report["cases"][case] = {**CASES[case], "comparison": versus, "matrix_rate": rate, "runs": rows}
