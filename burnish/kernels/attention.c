@@ -1,4 +1,4 @@
-/* Attention of bfloat16 training, forward and backward, on a processor with AVX512-BF16; `training.py` documents it and
+/* Attention of bfloat16 training, forward and backward, on a processor with AVX-512; `training.py` documents it and
    has its plain torch twin. Arithmetic is in float32 but for the operands of products.
 
    FlashAttention-2 (arXiv 2307.08691, sections 3.1 and 3.2), with whole rows of scores for BLOCK queries at a time, as
@@ -6,9 +6,9 @@
    again from the saved log-sum-exp. A product reads its left operand as 32-bit pairs of neighbouring terms at any
    strides, and its right one packed as [pairs of terms][columns], long rows in panels of PANEL columns. */
 
-#ifdef __AVX512BF16__
-
 #include "avx512.h"
+
+#ifdef AVX512
 
 #define BLOCK 16
 #define PANEL 64
@@ -20,6 +20,16 @@ INLINE void store_pairs(uint32_t *out, __m512 first, __m512 second) {
     _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
 
+/* sum + the products of both halves. */
+INLINE __m512 dot_pairs(__m512 sum, __m512i left, __m512i right) {
+#ifdef __AVX512BF16__
+    return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
+#else
+    sum = _mm512_fmadd_ps(high_half(left), high_half(right), sum);
+    return _mm512_fmadd_ps(low_half(left), low_half(right), sum);
+#endif
+}
+
 /* 4 rows x `vectors` * 16 columns of c (+)= a b over `terms` pairs. */
 INLINE void tile(const uint32_t *a, big row, big term, const uint32_t *b, big columns, float *c, big width, big terms,
                  int more, const int vectors) {
@@ -28,11 +38,11 @@ INLINE void tile(const uint32_t *a, big row, big term, const uint32_t *b, big co
         for (int j = 0; j < vectors; j++)
             sum[i][j] = more ? _mm512_loadu_ps(c + i * width + j * 16) : _mm512_setzero_ps();
     for (big k = 0; k < terms; k++, a += term, b += columns) {
-        __m512bh right[4];
-        for (int j = 0; j < vectors; j++) right[j] = (__m512bh)_mm512_loadu_si512(b + j * 16);
+        __m512i right[4];
+        for (int j = 0; j < vectors; j++) right[j] = _mm512_loadu_si512(b + j * 16);
         for (int i = 0; i < 4; i++) {
-            __m512bh left = (__m512bh)_mm512_set1_epi32((int)a[i * row]);
-            for (int j = 0; j < vectors; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
+            __m512i left = _mm512_set1_epi32((int)a[i * row]);
+            for (int j = 0; j < vectors; j++) sum[i][j] = dot_pairs(sum[i][j], left, right[j]);
         }
     }
     for (int i = 0; i < 4; i++)

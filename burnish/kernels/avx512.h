@@ -1,6 +1,10 @@
-/* bfloat16 rows as vectors of 16 float32, on a processor with AVX512-BF16. */
+/* bfloat16 rows as vectors of 16 float32, on a processor with AVX-512. Where it has AVX512-BF16 too, that rounds and
+   multiplies; elsewhere float32 arithmetic does. */
 
 #pragma once
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define AVX512 1
 
 #include <immintrin.h>
 #include <math.h>
@@ -17,7 +21,24 @@ INLINE __m512 load(const bf16 *x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
 }
 
+/* The low and the high halves of 32-bit pairs of bfloat16. */
+INLINE __m512 low_half(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+
+INLINE __m512 high_half(__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_and_epi32(pairs, _mm512_set1_epi32((int)0xffff0000)));
+}
+
+#ifdef __AVX512BF16__
 INLINE __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+#else
+/* To the nearest, ties to even; a NaN stays one. */
+INLINE __m256i narrow(__m512 x) {
+    __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
+}
+#endif
 
 INLINE void store(bf16 *out, __m512 x) { _mm256_storeu_si256((__m256i *)out, narrow(x)); }
 
@@ -45,3 +66,5 @@ INLINE __m512 exponential(__m512 x) {
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(p, n);
 }
+
+#endif

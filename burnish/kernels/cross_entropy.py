@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from burnish.kernels import training
 from burnish.model.example import IGNORE
+from burnish.model.linear import arithmetic
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -30,17 +31,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows_per_chunk: int
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        head = weight.to(hidden.dtype)
-        shift = None if bias is None else bias.to(hidden.dtype)
+        kind = arithmetic(hidden)
+        head = weight.to(kind)
+        shift = None if bias is None else bias.to(kind)
         loss = hidden.new_zeros((), dtype=wide)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         grad_bias = weight.new_zeros(weight.shape[0], dtype=wide) if need_bias else None
 
-        room = hidden.new_empty(min(rows_per_chunk, hidden.shape[0]), head.shape[0])
+        room = head.new_empty(min(rows_per_chunk, hidden.shape[0]), head.shape[0])
         for start in range(0, hidden.shape[0], rows_per_chunk):
-            x = hidden[start : start + rows_per_chunk]  # (n, H)
+            x = hidden[start : start + rows_per_chunk].to(kind)  # (n, H)
             target = labels[start : start + rows_per_chunk, None]  # (n, 1)
             logits = room[: len(x)]  # (n, V)
             torch.mm(x, head.T, out=logits) if shift is None else torch.addmm(shift, x, head.T, out=logits)
@@ -49,9 +51,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if slope is None:
                 continue
             if grad_hidden is not None:
-                torch.mm(slope, head, out=grad_hidden[start : start + rows_per_chunk])
+                part_of_hidden = grad_hidden[start : start + rows_per_chunk]
+                if kind == hidden.dtype:
+                    torch.mm(slope, head, out=part_of_hidden)
+                else:
+                    part_of_hidden.copy_(slope @ head)
             if grad_weight is not None:
-                if wide == hidden.dtype:
+                if wide == kind:
                     grad_weight.addmm_(slope.T, x)
                 else:
                     grad_weight += slope.T @ x
@@ -74,7 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _loss_and_slope(logits: Tensor, target: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
     """logits (n, V), target (n, 1) -> the summed loss and, if wanted, its gradient by the logits, in their dtype."""
-    if logits.dtype == torch.bfloat16 and logits.device.type == "cpu" and training.library():
+    if logits.dtype in training.DTYPES and logits.device.type == "cpu" and training.library():
         return training.cross_entropy_(logits, target, wanted).sum(), logits if wanted else None
     values = logits.to(torch.promote_types(logits.dtype, torch.float32))
     values -= values.amax(1, keepdim=True)

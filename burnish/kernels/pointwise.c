@@ -1,9 +1,9 @@
 /* RMSNorm, the gated SiLU and softmax cross-entropy of bfloat16 training, forward and backward, on a processor with
-   AVX512-BF16; `training.py` documents them and has their plain torch twins. Arithmetic is in float32. */
-
-#ifdef __AVX512BF16__
+   AVX-512; `training.py` documents them and has their plain torch twins. Arithmetic is in float32. */
 
 #include "avx512.h"
+
+#ifdef AVX512
 
 /* y = x / sqrt(mean(x^2) + eps) * weight for x (rows, size); `inverse` (rows,) keeps 1 / sqrt(...). */
 void rms_norm_forward(const bf16 *x, const bf16 *weight, float eps, big rows, big size, bf16 *y, float *inverse,
@@ -75,32 +75,45 @@ void gated_silu_backward(const bf16 *grad, const bf16 *gate, const bf16 *up, big
 }
 
 /* Of each row of logits (rows, size): loss = logsumexp(row) - row[label], and, if asked, the row becomes its gradient
-   softmax(row) - onehot(label). */
-void cross_entropy(bf16 *logits, const big *labels, big rows, big size, float *loss, int gradient, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (big r = 0; r < rows; r++) {
-        bf16 *row = logits + r * size, *own = row + labels[r];
-        __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-        for (big j = 0; j < size; j += 16) {
-            __mmask16 part = lanes(size - j);
-            most = _mm512_mask_max_ps(most, part, most, load_part(row + j, part));
-        }
-        float peak = _mm512_reduce_max_ps(most);
-        for (big j = 0; j < size; j += 16) {
-            __mmask16 part = lanes(size - j);
-            __m512 x = exponential(_mm512_sub_ps(load_part(row + j, part), _mm512_set1_ps(peak)));
-            sum = _mm512_mask_add_ps(sum, part, sum, x);
-        }
-        float level = peak + logf(_mm512_reduce_add_ps(sum));
-        float target = _mm512_cvtss_f32(load_part(own, 1));
-        loss[r] = level - target;
-        if (!gradient) continue;
-        for (big j = 0; j < size; j += 16) {
-            __mmask16 part = lanes(size - j);
-            store_part(row + j, part, exponential(_mm512_sub_ps(load_part(row + j, part), _mm512_set1_ps(level))));
-        }
-        store_part(own, 1, _mm512_set1_ps(expf(target - level) - 1));
+   softmax(row) - onehot(label). `wide`: logits are float32. */
+INLINE __m512 load_logits(const void *row, big at, __mmask16 part, const int wide) {
+    return wide ? _mm512_maskz_loadu_ps(part, (const float *)row + at) : load_part((const bf16 *)row + at, part);
+}
+
+INLINE void store_logits(void *row, big at, __mmask16 part, __m512 x, const int wide) {
+    if (wide) _mm512_mask_storeu_ps((float *)row + at, part, x);
+    else store_part((bf16 *)row + at, part, x);
+}
+
+INLINE float cross_entropy_row(void *row, big label, big size, int gradient, const int wide) {
+    __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (big j = 0; j < size; j += 16) {
+        __mmask16 part = lanes(size - j);
+        most = _mm512_mask_max_ps(most, part, most, load_logits(row, j, part, wide));
     }
+    float peak = _mm512_reduce_max_ps(most);
+    for (big j = 0; j < size; j += 16) {
+        __mmask16 part = lanes(size - j);
+        __m512 x = exponential(_mm512_sub_ps(load_logits(row, j, part, wide), _mm512_set1_ps(peak)));
+        sum = _mm512_mask_add_ps(sum, part, sum, x);
+    }
+    float level = peak + logf(_mm512_reduce_add_ps(sum));
+    float target = _mm512_cvtss_f32(load_logits(row, label, 1, wide));
+    for (big j = 0; j < size && gradient; j += 16) {
+        __mmask16 part = lanes(size - j);
+        __m512 x = exponential(_mm512_sub_ps(load_logits(row, j, part, wide), _mm512_set1_ps(level)));
+        store_logits(row, j, part, x, wide);
+    }
+    if (gradient) store_logits(row, label, 1, _mm512_set1_ps(expf(target - level) - 1), wide);
+    return level - target;
+}
+
+void cross_entropy(void *logits, const big *labels, big rows, big size, float *loss, int gradient, int wide,
+                   int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (big r = 0; r < rows; r++)
+        loss[r] = wide ? cross_entropy_row((float *)logits + r * size, labels[r], size, gradient, 1)
+                       : cross_entropy_row((bf16 *)logits + r * size, labels[r], size, gradient, 0);
 }
 
 #endif

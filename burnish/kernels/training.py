@@ -5,7 +5,7 @@ Each is one pass of C (`attention.c`, `pointwise.c`, built by the system's compi
 several over temporaries, and keeps less for the backward pass: attention its inputs before rotation and one number per
 row. torch 2.13's own CPU attention runs its bfloat16 backward pass at a fifth of the processor's matrix rate.
 `fused` puts them into a network for as long as it trains; whatever they do not cover (another dtype or device,
-a processor without AVX512-BF16, no compiler, a cache, a prefix, ALiBi) goes the plain way. Under `torch.compile` only
+a processor without AVX-512, no compiler, a cache, a prefix, ALiBi) goes the plain way. Under `torch.compile` only
 attention is replaced, as the compiler fuses the rest.
 """
 
@@ -28,6 +28,7 @@ from burnish.model.attention import Attention, Frame
 from burnish.model.transformer import ACTIVATIONS, MLP, Norm, Transformer
 
 SIZES = 32  # head dimensions are multiples of it
+DTYPES = (torch.bfloat16, torch.float32)  # of the cross-entropy; the rest takes bfloat16 only
 
 _lock = threading.Lock()
 
@@ -66,7 +67,7 @@ def _library() -> ctypes.CDLL | None:
     found.rms_norm_backward.argtypes = [pointer, pointer, pointer, pointer, count, count, pointer, flag]
     found.gated_silu_forward.argtypes = [pointer, pointer, count, pointer, flag]
     found.gated_silu_backward.argtypes = [pointer, pointer, pointer, count, pointer, pointer, flag]
-    found.cross_entropy.argtypes = [pointer, pointer, count, count, pointer, flag, flag]
+    found.cross_entropy.argtypes = [pointer, pointer, count, count, pointer, flag, flag, flag]
     return found
 
 
@@ -258,9 +259,10 @@ class _GatedSiLU(torch.autograd.Function):
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
-    """Losses (rows,) in float32 of bfloat16 logits (rows, classes); logits become their gradient where it is asked."""
+    """Losses (rows,) in float32 of logits (rows, classes) in one of `DTYPES`, which become their gradient if asked."""
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     labels = labels.contiguous()
     inputs = (logits.data_ptr(), labels.data_ptr(), *logits.shape)
-    _ready().cross_entropy(*inputs, losses.data_ptr(), gradient, torch.get_num_threads())
+    wide = logits.dtype == torch.float32
+    _ready().cross_entropy(*inputs, losses.data_ptr(), gradient, wide, torch.get_num_threads())
     return losses

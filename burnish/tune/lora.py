@@ -63,7 +63,7 @@ class _Corrected(torch.autograd.Function):
         grad_low = (b.t() @ grad.t()).mul_(ctx.scaling)  # (r, tokens)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ ctx.base.weight.dequantize_to(grad.dtype)).addmm_(grad_low.t(), a)
+            grad_x = ctx.base.weight.matmul_transposed(grad).addmm_(grad_low.t(), a)
         grad_b = (low @ grad).t().to(ctx.dtypes[1]).mul(ctx.scaling).contiguous()
         return grad_x, None, (grad_low @ x).to(ctx.dtypes[0]), grad_b, None
 

@@ -42,7 +42,7 @@ def test_equals_the_plain_loss(hidden_dtype, weight_dtype, tolerance, chunk_byte
     expected, expected_count, expected_gradients = loss_and_gradients(reference_cross_entropy, tensors, 0.5)
     assert count == expected_count == int((tensors[3] != -100).sum())
     assert loss.dtype == torch.promote_types(hidden_dtype, torch.float32)
-    torch.testing.assert_close(loss, expected, rtol=min(tolerance, 1e-4), atol=0)
+    torch.testing.assert_close(loss, expected, rtol=2e-3 if hidden_dtype == torch.bfloat16 else tolerance, atol=0)
     for gradient, reference in zip(gradients, expected_gradients, strict=True):
         assert gradient.dtype == reference.dtype
         torch.testing.assert_close(gradient, reference, rtol=tolerance, atol=tolerance)
