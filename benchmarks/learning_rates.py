@@ -1,8 +1,8 @@
 """Learning rates for the default comparison: equal trials for every trained row, judged on the development split.
 
-    python benchmarks/learning_rates.py [--tasks near,far] [--steps 100] [--workers 2]
+    python benchmarks/learning_rates.py [--tasks near,far] [--steps 80] [--workers 2]
 
-Every row of burnish/assets/compare.yaml that trains is run with each rate of its grid (three rates, a factor of two to
+Every row of burnish/assets/compare.yaml that trains is run with each rate of its grid (four rates, a factor of two or
 three apart) with one seed that the comparison does not use. The test split is never read. Writes
 benchmarks/results/learning_rates.json; the best rates are copied into compare.yaml by hand.
 """
@@ -24,11 +24,11 @@ from burnish.store.identity import identity
 
 SEED = 17
 GRIDS = {
-    "full": [3e-4, 1e-3, 3e-3],
-    "LoRA": [1e-3, 2e-3, 5e-3],
-    "prompt tuning": [3e-2, 1e-1, 3e-1],
-    "P-tuning": [1e-3, 3e-3, 1e-2],
-    "prefix tuning": [5e-4, 1e-3, 3e-3],
+    "full": [3e-4, 6e-4, 1e-3, 2e-3],
+    "LoRA": [2e-3, 5e-3, 1e-2, 2e-2],
+    "prompt tuning": [1e-2, 3e-2, 1e-1, 3e-1],
+    "P-tuning": [1e-3, 3e-3, 1e-2, 3e-2],
+    "prefix tuning": [3e-4, 1e-3, 2e-3, 4e-3],
 }
 
 

@@ -10,6 +10,8 @@ torch 2.13 does them otherwise at a quarter of the speed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,12 +19,28 @@ from torch import Tensor, nn
 from burnish.device import multiplies_bfloat16
 
 MULTIPLIES_BFLOAT16 = multiplies_bfloat16()
+ROUNDED_TOKENS = 256  # widened at a time
 
 
 def arithmetic(x: Tensor) -> torch.dtype:
     """The dtype in which products of x are computed: its own, or float32 where that is the faster way."""
     narrow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not MULTIPLIES_BFLOAT16
     return torch.float32 if narrow else x.dtype
+
+
+def rounded_product(
+    x: Tensor, width: int, expand: Callable[[torch.dtype], Tensor], bias: Tensor | None = None
+) -> Tensor:
+    """x (tokens, in) -> x @ expand(dtype) + bias, (tokens, width), computed in `arithmetic(x)`, in x's dtype.
+
+    Pieces of x are widened one at a time; the result stands before the temporaries, whose holes would outlive it.
+    """
+    out = x.new_empty(x.shape[0], width)
+    matrix = expand(arithmetic(x))
+    for part, result in zip(x.split(ROUNDED_TOKENS), out.split(ROUNDED_TOKENS), strict=True):
+        wide = part.to(matrix.dtype) @ matrix
+        result.copy_(wide if bias is None else wide.add_(bias))
+    return out
 
 
 class Weight(nn.Module):
@@ -36,8 +54,9 @@ class Weight(nn.Module):
 
     def matmul_transposed(self, grad: Tensor) -> Tensor:
         """grad (tokens, out) -> (tokens, in), in grad's dtype: the gradient of `matmul`'s x. Not differentiable."""
-        kind = arithmetic(grad)
-        return (grad.to(kind) @ self.dequantize_to(kind)).to(grad.dtype)
+        if arithmetic(grad) == grad.dtype:
+            return grad @ self.dequantize_to(grad.dtype)
+        return rounded_product(grad, self.shape[1], lambda kind: self.dequantize_to(kind))
 
     def dequantize(self) -> Tensor:
         """The matrix as (out, in), in a floating dtype."""
@@ -68,9 +87,9 @@ class FrozenMatmul(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
         ctx.has_bias = bias is not None
-        kind = arithmetic(x)
-        bias = None if bias is None else bias.to(kind)
-        return F.linear(x.to(kind), weight.dequantize_to(kind), bias).to(x.dtype)
+        if arithmetic(x) == x.dtype:
+            return F.linear(x, weight.dequantize_to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return rounded_product(x, weight.shape[0], lambda kind: weight.dequantize_to(kind).t(), bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
