@@ -19,7 +19,7 @@ from burnish import device
 from burnish.bench.compare import DEFAULT
 from burnish.bench.jobs import run_job
 from burnish.config import load_yaml
-from burnish.store.checkpoint import resolve
+from burnish.store.hub import resolve
 from burnish.store.identity import identity
 
 SEED = 17

@@ -19,7 +19,8 @@ from burnish.config import UserError
 from burnish.model.bundle import Model
 from burnish.model.families import read_spec
 from burnish.model.transformer import Transformer
-from burnish.store.checkpoint import read_json, resolve
+from burnish.store.checkpoint import read_json
+from burnish.store.hub import resolve
 from burnish.store.tensors import read_folder
 from burnish.store.tokenizer import load_tokenizer
 

@@ -17,7 +17,8 @@ from burnish.bench.tasks import load_task, parse_task
 from burnish.chain import parse_chain
 from burnish.config import UserError, from_mapping, load_yaml, to_mapping
 from burnish.plan import check_memory
-from burnish.store.checkpoint import read_json, resolve
+from burnish.store.checkpoint import read_json
+from burnish.store.hub import resolve
 from burnish.store.identity import identity
 from burnish.store.tensors import write_json
 

@@ -28,7 +28,8 @@ from burnish.engine.settings import TrainConfig
 from burnish.engine.train import train
 from burnish.model.bundle import Context, Model
 from burnish.model.example import Example
-from burnish.store.checkpoint import load, resolve, save
+from burnish.store.checkpoint import load, save
+from burnish.store.hub import resolve
 from burnish.store.tensors import write_json
 
 Job = Mapping[str, Any]

@@ -25,31 +25,10 @@ from burnish.model.linear import Dense, Weight
 from burnish.model.spec import Head
 from burnish.model.transformer import Transformer
 from burnish.store import adapters
+from burnish.store.hub import resolve
 from burnish.store.identity import identity
 from burnish.store.tensors import Entry, read_folder, write_json, write_tensors
 from burnish.store.tokenizer import load_tokenizer, save_tokenizer
-
-ASSETS = Path(__file__).parent.parent / "assets"
-
-
-def resolve(source: str | Path) -> Path:
-    """The folder of a model: a local path, "pebble" for the embedded model, or a hub id, downloaded if needed."""
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if (ASSETS / str(source) / "config.json").exists():
-        return ASSETS / str(source)
-    if path.is_file():
-        raise UserError(f"{path}: a file, where a checkpoint folder is needed")
-    if len(path.parts) != 2 or str(source).startswith((".", "/", "~")):
-        raise UserError(f"{source}: no such folder, and not a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except Exception as error:
-        raise UserError(f"{source}: no such folder, and the hub gave: {str(error).splitlines()[0]}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

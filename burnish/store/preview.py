@@ -124,6 +124,6 @@ def run(config: PreviewConfig) -> int:
 def _folder(model: str) -> Path:
     if Path(model).is_dir():
         return Path(model)
-    from burnish.store.checkpoint import resolve
+    from burnish.store.hub import resolve
 
     return Path(resolve(model))

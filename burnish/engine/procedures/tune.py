@@ -16,8 +16,9 @@ from burnish.engine.settings import TrainConfig
 from burnish.engine.train import train
 from burnish.model.bundle import Context
 from burnish.plan import check_memory
-from burnish.store.checkpoint import load, resolve, save
+from burnish.store.checkpoint import load, save
 from burnish.store.data import encode_classification, encode_rows
+from burnish.store.hub import resolve
 from burnish.store.rows import read_rows, split_rows
 from burnish.store.tensors import write_json
 
