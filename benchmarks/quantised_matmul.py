@@ -30,7 +30,7 @@ from torch import Tensor
 from burnish import device
 from burnish.compress.int8 import Int8
 from burnish.compress.nf4 import NF4
-from burnish.kernels import native
+from burnish.native import products
 
 SHAPES = ((768, 768), (2048, 768), (2048, 2048), (5632, 2048))
 TOKENS = (1, 4, 16, 128)
@@ -129,7 +129,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     read = bandwidth()
-    print(f"{options.threads} threads, read bandwidth {read / 1e9:.1f} GB/s, native kernels: {bool(native.library())}")
+    print(f"{options.threads} threads, read bandwidth {read / 1e9:.1f} GB/s, kernels: {bool(products.library())}")
     rows = []
     for shape in SHAPES:
         dense = torch.randn(shape) * 0.05

@@ -26,6 +26,7 @@ LAYERS = (  # a module may import its own layer and those below
     TECHNIQUES,
     ("kernels",),
     ("model",),
+    ("native",),
     ("config", "device"),
     ("world",),
     ("__init__",),

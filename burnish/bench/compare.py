@@ -43,7 +43,7 @@ class CompareConfig:
     max_steps: int = field(default=100, metadata=_help("training steps of every row"))
     per_device_train_batch_size: int = field(default=16, metadata=_help("rows per step"))
     warmup_ratio: float = field(default=0.1, metadata=_help("share of steps with rising learning rate"))
-    bf16: bool = field(default=False, metadata=_help("compute in bfloat16"))
+    bf16: bool = field(default=False, metadata=_help("compute in bfloat16 (in float32 on a CPU without it)"))
     cost: Literal["auto", "model", "twin"] = field(
         default="auto", metadata=_help("measure cost on the model or on a 134M twin; auto: the twin for pebble")
     )

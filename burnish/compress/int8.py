@@ -3,7 +3,7 @@
     q = round(127 w / max|w_row|),    w ~ q max|w_row| / 127
 
 Source: vector-wise quantisation of LLM.int8 (arXiv 2208.07339), section 2.1, without its activation outliers.
-Values equal bitsandbytes' row-wise quantisation. On a CPU `kernels.native` multiplies a few tokens by the stored
+Values equal bitsandbytes' row-wise quantisation. On a CPU `native.products` multiplies a few tokens by the stored
 bytes; for more, and elsewhere, the matrix is expanded for the product.
 """
 
@@ -16,10 +16,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from burnish.kernels import native
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import Weight
 from burnish.model.surgery import linears, select
+from burnish.native import products
 
 CHANGES_BASE = True
 
@@ -58,17 +58,17 @@ class Int8(Weight):
         return cls(torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows))
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not native.takes(x, bias):
+        if not products.takes(x, bias):
             return super().matmul(x, bias)
         stored = cast("dict[str, Tensor]", self._parameters)  # a module's attributes take half a microsecond each
-        return native.int8_matmul(x, bias, stored["values"], stored["scale"])
+        return products.int8_matmul(x, bias, stored["values"], stored["scale"])
 
     def dequantize(self) -> Tensor:
         return self.dequantize_to(torch.float32)
 
     def dequantize_to(self, dtype: torch.dtype) -> Tensor:
-        if native.usable(self.values.device, dtype):
-            return native.int8_dequantize(dtype, self.values, self.scale)
+        if products.usable(self.values.device, dtype):
+            return products.int8_dequantize(dtype, self.values, self.scale)
         return (self.values * self.scale.float()[:, None]).to(dtype)
 
     def shard(self, dim: int, rank: int, world: int) -> Int8:

@@ -5,7 +5,7 @@
 Source: QLoRA (arXiv 2305.14314), section 3: 4-bit NormalFloat and double quantisation, which takes the constants
 from 0.5 to 0.127 bits per parameter. `map8` is the signed dynamic 8-bit code of "8-bit Approximations for Parallelism"
 (arXiv 1511.04561) as bitsandbytes builds it. Values equal bitsandbytes'. Two weights share a byte, the first in the
-high nibble. On a CPU `kernels.native` multiplies a few tokens by the stored bytes and expands the matrix for more.
+high nibble. On a CPU `native.products` multiplies a few tokens by the stored bytes and expands the matrix for more.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from burnish.kernels import native
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import Weight
 from burnish.model.surgery import linears, select
+from burnish.native import products
 
 BLOCK, CONSTANT_BLOCK = 64, 256
 LEVELS = (
@@ -155,16 +155,16 @@ class NF4(Weight):
         return wide.view(-1)[: len(self.absmax)] + self.offset
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self.shape[1] % BLOCK or not native.takes(x, bias):
+        if self.shape[1] % BLOCK or not products.takes(x, bias):
             return super().matmul(x, bias)
-        return native.nf4_matmul(x, bias, self.shape, *self._stored())
+        return products.nf4_matmul(x, bias, self.shape, *self._stored())
 
     def dequantize(self) -> Tensor:
         return self.dequantize_to(torch.float32)
 
     def dequantize_to(self, dtype: torch.dtype) -> Tensor:
-        if native.usable(self.packed.device, dtype):
-            return native.nf4_dequantize(self.shape, dtype, *self._stored())
+        if products.usable(self.packed.device, dtype):
+            return products.nf4_dequantize(self.shape, dtype, *self._stored())
         count = self.shape[0] * self.shape[1]
         pairs = F.embedding(self.packed.int(), level_pairs(self.packed.device))  # (bytes, 2)
         wide = blocks(pairs.view(-1)[:count], BLOCK) * self.constants()[:, None]

@@ -41,7 +41,7 @@ class TrainConfig:
     max_grad_norm: float = _field(1.0, "gradients are clipped to this global norm; 0: not clipped")
     max_length: int = _field(1024, "tokens per row when packing")
     packing: bool = _field(False, "put several examples in one row; they do not see each other")
-    bf16: bool = _field(False, "compute in bfloat16 over the parameters as they are stored")
+    bf16: bool = _field(False, "compute in bfloat16 (in float32 on a CPU without it)")
     gradient_checkpointing: bool = _field(False, "recompute activations in the backward pass: less memory, slower")
     compile: bool = _field(False, "compile the layers with torch.compile")
     eval_steps: int = _field(0, "steps between evaluations; 0: only at the end")

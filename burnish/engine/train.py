@@ -281,7 +281,8 @@ def _training_mode(model: Model, config: TrainConfig) -> Iterator[None]:
     before = net.training, net.compute_dtype, net.gradient_checkpointing
     net.train()
     if config.bf16:
-        net.compute_dtype = torch.bfloat16
+        slow = model.device.type == "cpu" and not device.multiplies_bfloat16()
+        net.compute_dtype = torch.float32 if slow else torch.bfloat16
     net.gradient_checkpointing = config.gradient_checkpointing
     slower = device.compiler_line() if config.compile else None
     if slower:

@@ -17,16 +17,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from burnish.kernels import build
 from burnish.model.attention import Attention, Frame
 from burnish.model.transformer import ACTIVATIONS, MLP, Norm, Transformer
+from burnish.native import build
 
+FOLDER = Path(__file__).parent
 SIZES = 32  # head dimensions are multiples of it
 DTYPES = (torch.bfloat16, torch.float32)  # of the cross-entropy; the rest takes bfloat16 only
 
@@ -57,7 +59,7 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    found = build.load(("attention.c", "pointwise.c"), ("avx512.h",))
+    found = build.load([FOLDER / "attention.c", FOLDER / "pointwise.c"], [FOLDER / "avx512.h"])
     if found is None or not hasattr(found, "attention_forward"):
         return None
     pointer, count, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int

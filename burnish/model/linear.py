@@ -5,7 +5,7 @@ adapters) wraps a `Linear` whatever its weight is. Quantised storage is frozen P
 FSDP shards parameters only.
 
 Products of bfloat16 on a processor that has no instructions for them are computed in float32 and rounded to bfloat16:
-torch 2.13 does them otherwise at a quarter of the speed.
+torch 2.13 does them otherwise at a quarter of the speed. Of few tokens they are `native.products`'s.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from burnish.device import multiplies_bfloat16
+from burnish.native import products
 
 MULTIPLIES_BFLOAT16 = multiplies_bfloat16()
 ROUNDED_TOKENS = 256  # widened at a time
@@ -110,9 +111,11 @@ class Dense(Weight):
         return (self.dense.shape[0], self.dense.shape[1])
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if products.takes_dense(x, bias, self.dense):
+            return products.dense_matmul(x, bias, self.dense)
         kind = arithmetic(x)
-        if kind != x.dtype and not self.dense.requires_grad:
-            return super().matmul(x, bias)
+        if kind != self.dense.dtype and not self.dense.requires_grad:
+            return super().matmul(x, bias)  # which keeps no copy in `kind` for the backward pass
         return F.linear(x.to(kind), self.dense.to(kind), None if bias is None else bias.to(kind)).to(x.dtype)
 
     def dequantize(self) -> Tensor:

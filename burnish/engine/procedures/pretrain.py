@@ -34,7 +34,7 @@ class PretrainConfig(TrainConfig):
     model: dict[str, Any] = field(default_factory=dict, metadata={"help": "the new model's config.json"})
     documents: int = field(default=0, metadata={"help": "documents taken from the data; 0: all (needed for 'world')"})
     packing: bool = field(default=True, metadata={"help": "several documents in one row; they do not see each other"})
-    bf16: bool = field(default=True, metadata={"help": "compute in bfloat16 over float32 parameters"})
+    bf16: bool = field(default=True, metadata={"help": "compute in bfloat16 (in float32 on a CPU without it)"})
 
 
 def rows_of(config: PretrainConfig) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
-/* Products with quantised weights, and their expansion, on a CPU.
+/* Products of few tokens with stored weights, and the expansion of quantised ones, on a CPU.
  *
- * out (tokens, rows) = x (tokens, columns) W^T + bias, for W stored as NF4 blocks of 64 or as int8 rows. The stored
+ * out (tokens, rows) = x (tokens, columns) W^T + bias, for W stored as NF4 blocks of 64, int8 rows or bfloat16. The stored
  * bytes are read once: expanded in registers for up to eight tokens, in a panel that fits the cache for more. At few
  * tokens the product is bound by the bytes of W that memory delivers. Everything accumulates in float32. Where the
  * processor multiplies bfloat16 pairs (AVX-512 BF16), bfloat16 activations meet weights rounded to bfloat16, as they
@@ -47,10 +47,11 @@
 
 typedef float lanes __attribute__((vector_size(VECTOR)));
 
-enum kind { NF4, INT8 };
+enum kind { NF4, INT8, DENSE };
 
 /* NF4: `bytes` two weights each; the constant of block b is constants[b], or with `codes` (one byte per block)
- * map[codes[b]] * constants[b / 256] + offset. int8: `bytes` one weight each and one constant per row. */
+ * map[codes[b]] * constants[b / 256] + offset. int8: `bytes` one weight each and one constant per row. Dense: two bytes a
+ * weight, in bfloat16. */
 typedef struct {
     const uint8_t *bytes;
     const uint8_t *codes;
@@ -165,6 +166,26 @@ INLINE chunk expand_int8(const uint8_t *bytes, int half) {
     return c;
 }
 
+INLINE chunk expand_dense(const uint8_t *bytes, int half) {
+    chunk c;
+    if (half) {
+        memcpy(&c, bytes, 2 * BLOCK);
+        return c;
+    }
+#ifdef WIDE
+    for (int i = 0; i < PARTS; i++)
+        c.part[i] = (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)bytes + i)), 16);
+#elif VECTOR == 32
+    for (int i = 0; i < PARTS; i++)
+        c.part[i] = (lanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)bytes + i)), 16);
+#else
+    flat values;
+    for (int i = 0; i < BLOCK; i++) values.floats[i] = widen(((const uint16_t *)bytes)[i]);
+    memcpy(&c, &values, sizeof c);
+#endif
+    return c;
+}
+
 INLINE lanes multiply_add(lanes a, lanes b, lanes sum) {
 #ifdef WIDE
     return (lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
@@ -228,12 +249,21 @@ typedef struct {
     uint8_t *rests;
 } room;
 
+/* Bytes of `count` weights of a row. */
+INLINE int64_t stored(enum kind kind, int64_t count) {
+    return kind == NF4 ? count / 2 : kind == INT8 ? count : 2 * count;
+}
+
 /* 64 weights of row `first` + r, while those of two groups of rows further down are fetched. */
 INLINE chunk expand(enum kind kind, int half, const matrix *w, const room *own, int64_t first, int64_t r, int64_t block,
                     int64_t blocks) {
-    const int64_t row_bytes = kind == NF4 ? w->columns / 2 : w->columns;
-    const uint8_t *from = w->bytes + (first + r) * row_bytes + block * (kind == NF4 ? BLOCK / 2 : BLOCK);
+    const int64_t row_bytes = stored(kind, w->columns);
+    const uint8_t *from = w->bytes + (first + r) * row_bytes + stored(kind, block * BLOCK);
     __builtin_prefetch(from + 2 * HEIGHT * row_bytes, 0, 2);
+    if (kind == DENSE) {
+        __builtin_prefetch(from + 2 * HEIGHT * row_bytes + 64, 0, 2);
+        return expand_dense(from, half);
+    }
     if (kind == NF4) return expand_nf4(w, from, own->scales[r * blocks + block], half);
     return expand_int8((block + 1) * BLOCK > w->columns ? own->rests + r * BLOCK : from, half);
 }
@@ -341,7 +371,7 @@ INLINE void panel_tile(int half, const product *p, const char *panel, int64_t si
 INLINE void rows_of(enum kind kind, int half, const product *p, const room *own, int64_t first) {
     const matrix *w = p->w;
     const int64_t blocks = (w->columns + BLOCK - 1) / BLOCK, count = min(HEIGHT, w->rows - first);
-    const int64_t row_bytes = kind == NF4 ? w->columns / 2 : w->columns, rest = row_bytes % BLOCK;
+    const int64_t row_bytes = stored(kind, w->columns), rest = row_bytes % BLOCK;
     if (kind == NF4) {
         expand_constants(w, first * blocks, count * blocks, own->scales);
         own->scales[count * blocks] = 0; /* read where a last block has no pair */
@@ -392,12 +422,15 @@ INLINE void rows_of(enum kind kind, int half, const product *p, const room *own,
     static void NAME(const product *p, const room *own, int64_t first) { rows_of(KIND, HALF, p, own, first); }
 ROWS_OF(nf4_wide, NF4, 0)
 ROWS_OF(int8_wide, INT8, 0)
+ROWS_OF(dense_wide, DENSE, 0)
 #ifdef PAIRS
 ROWS_OF(nf4_half, NF4, 1)
 ROWS_OF(int8_half, INT8, 1)
+ROWS_OF(dense_half, DENSE, 1)
 #else
 #define nf4_half nf4_wide
 #define int8_half int8_wide
+#define dense_half dense_wide
 #endif
 
 /* Packed by Python: one word each. */
@@ -440,7 +473,8 @@ INLINE void arrange(enum order order, int half, const request *q, char *to, int6
         }
 }
 
-/* Returns 1 where memory is short, else 0. NF4 needs columns that are a multiple of 64. */
+/* Returns 1 where memory is short, else 0. NF4 and dense weights need columns that are a multiple of
+ * 64. */
 int matmul(const request *q) {
     const enum kind kind = q->kind;
     const int64_t rows = q->w.rows, columns = q->w.columns, tokens = q->tokens;
@@ -454,7 +488,7 @@ int matmul(const request *q) {
     const int64_t each = HEIGHT * (stride + BLOCK + (blocks * 4 + 64) / 64 * 64); /* bytes of a thread's room */
     char *arranged = aligned_alloc(64, padded * stride + q->threads * each);
     if (!arranged) return 1;
-    if (kind == INT8)
+    if (kind != NF4)
         arrange(NATURAL, half, q, arranged, stride);
     else if (half && tokens <= MOST_WIDTH)
         arrange(NIBBLES, half, q, arranged, stride);
@@ -463,15 +497,15 @@ int matmul(const request *q) {
     memset(arranged + tokens * stride, 0, (padded - tokens) * stride);
     const float *scale = kind == INT8 ? q->w.constants : NULL;
     const product p = {&q->w, arranged, stride, tokens, scale, q->bias, q->out, q->x_half};
-    void (*run)(const product *, const room *, int64_t) =
-        kind == NF4 ? (half ? nf4_half : nf4_wide) : (half ? int8_half : int8_wide);
+    void (*const runs[][2])(const product *, const room *, int64_t) = {
+        {nf4_wide, nf4_half}, {int8_wide, int8_half}, {dense_wide, dense_half}};
 #pragma omp parallel num_threads(q->threads) if (q->threads > 1)
     {
         char *panel = arranged + padded * stride + THREAD * each;
         uint8_t *rests = (uint8_t *)panel + HEIGHT * stride;
         const room own = {panel, (float *)(rests + HEIGHT * BLOCK), rests};
 #pragma omp for schedule(static)
-        for (int64_t first = 0; first < rows; first += HEIGHT) run(&p, &own, first);
+        for (int64_t first = 0; first < rows; first += HEIGHT) runs[kind][half](&p, &own, first);
     }
     free(arranged);
     return 0;

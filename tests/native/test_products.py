@@ -15,7 +15,8 @@ import torch
 
 from burnish.compress.int8 import Int8
 from burnish.compress.nf4 import NF4
-from burnish.kernels import build, native
+from burnish.model.linear import Dense
+from burnish.native import build, products
 
 EXTRA = {"native": (), "AVX2": ("-march=x86-64-v3",), "portable": ("-DPORTABLE",)}
 KINDS = [(NF4, True), (NF4, False), (Int8, None)]
@@ -35,7 +36,7 @@ def libraries(tmp_path_factory):
         pytest.skip("no compiler")
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    yield {name: native._load(extra) for name, extra in EXTRA.items() if supports(name)}
+    yield {name: products._load(extra) for name, extra in EXTRA.items() if supports(name)}
     patch.undo()
 
 
@@ -44,7 +45,7 @@ def built(request, libraries, monkeypatch):
     if request.param not in libraries:
         pytest.skip(f"this processor has no {request.param}")
     assert libraries[request.param] is not None
-    monkeypatch.setattr(native, "_loaded", [libraries[request.param]])
+    monkeypatch.setattr(products, "_loaded", [libraries[request.param]])
 
 
 def quantise(kind, double, rows: int, columns: int):
@@ -60,7 +61,7 @@ def activations(tokens: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 def plainly(function):
     """What `function` gives without the library."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "_loaded", [None])
+        patch.setattr(products, "_loaded", [None])
         return function()
 
 
@@ -97,7 +98,7 @@ def test_the_expanded_matrix_is_the_twins(built, kind, double, dtype, shape):
 @torch.no_grad()
 def test_products_are_the_twins(built, kind, double, dtype, rows, columns):
     weight = quantise(kind, double, rows, columns)
-    inputs = [activations(tokens, columns, dtype) for tokens in range(1, native.MOST_TOKENS + 1)]
+    inputs = [activations(tokens, columns, dtype) for tokens in range(1, products.MOST_TOKENS + 1)]
     bias = torch.randn(rows)
     want = [plainly(lambda x=x: (weight.matmul(x), weight.matmul(x, bias))) for x in inputs]
     with refused():
@@ -105,6 +106,32 @@ def test_products_are_the_twins(built, kind, double, dtype, rows, columns):
     for x, pair, twins in zip(inputs, got, want, strict=True):
         assert_product(pair[0], twins[0], x, weight)
         assert_product(pair[1], twins[1], x, weight)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [1, 2, 5, 64])
+@pytest.mark.parametrize("columns", [64, 128, 320])
+@torch.no_grad()
+def test_products_with_bfloat16_weights(built, dtype, rows, columns):
+    weight = Dense(torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(torch.bfloat16))
+    bias = torch.randn(rows)
+    for tokens in range(1, products.MOST_TOKENS + 1):
+        x = activations(tokens, columns, dtype)
+        wide = x.double() @ weight.dense.double().t()
+        assert_product(products.dense_matmul(x, None, weight.dense), wide.to(dtype), x, weight)
+        assert_product(products.dense_matmul(x, bias, weight.dense), (wide + bias).to(dtype), x, weight)
+
+
+@torch.no_grad()
+def test_bfloat16_weights_of_few_tokens_are_the_kernels(monkeypatch):
+    weight, asked = Dense(torch.randn(8, 128).bfloat16()), []
+    monkeypatch.setattr(products, "dense_matmul", lambda x, *_: asked.append(len(x)) or x)
+    for tokens in (1, products.MOST_DENSE_TOKENS, products.MOST_DENSE_TOKENS + 1):
+        weight.matmul(torch.randn(tokens, 128).bfloat16())
+    with torch.enable_grad():
+        weight.matmul(torch.randn(1, 128).bfloat16())  # a weight that trains
+    Dense(torch.randn(8, 100).bfloat16()).matmul(torch.randn(1, 100).bfloat16())
+    assert asked == [1, products.MOST_DENSE_TOKENS]
 
 
 @dtypes
@@ -134,7 +161,7 @@ def test_nf4_rows_that_share_blocks(built, dtype, columns):
 @kinds
 @torch.no_grad()
 def test_in_float32_a_tokens_result_does_not_depend_on_its_batch(built, kind, double):
-    weight, x = quantise(kind, double, 37, 192), activations(native.MOST_TOKENS, 192, torch.float32)
+    weight, x = quantise(kind, double, 37, 192), activations(products.MOST_TOKENS, 192, torch.float32)
     together = weight.matmul(x)
     for tokens in range(1, len(x)):
         assert torch.equal(weight.matmul(x[:tokens]), together[:tokens])
@@ -149,7 +176,7 @@ def test_more_tokens_and_more_threads(built, kind, double, dtype):
     alone = [weight.matmul(x[:3]), weight.matmul(x[:20]), weight.dequantize()]
     torch.set_num_threads(3)
     try:
-        assert weight.shape[0] * weight.shape[1] > native.SMALL
+        assert weight.shape[0] * weight.shape[1] > products.SMALL
         together = [weight.matmul(x[:3]), weight.matmul(x[:20]), weight.dequantize()]
     finally:
         torch.set_num_threads(1)
@@ -201,7 +228,7 @@ def test_constants_that_were_cast(built, kind, double):
 def test_without_a_compiler_it_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(build, "compiler", lambda: None)
     monkeypatch.setattr(build, "compiler_line", lambda: "no C++ compiler found")
-    monkeypatch.setattr(native, "_loaded", [])
+    monkeypatch.setattr(products, "_loaded", [])
     weight = quantise(NF4, True, 4, 64)
     with caplog.at_level(logging.WARNING), torch.no_grad():
         for _ in range(2):
@@ -214,15 +241,15 @@ def test_without_a_compiler_it_is_said_once(monkeypatch, caplog):
 def test_a_compiler_that_fails(monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "--no-such-flag"))
-    monkeypatch.setattr(native, "_loaded", [])
+    monkeypatch.setattr(products, "_loaded", [])
     with caplog.at_level(logging.WARNING):
-        assert not native.usable(torch.device("cpu"), torch.float32)
+        assert not products.usable(torch.device("cpu"), torch.float32)
     assert len(caplog.messages) == 1 and "plain torch, slower" in caplog.messages[0]
 
 
 @pytest.mark.skipif(build.compiler() is None, reason="no compiler")
 def test_two_processes_build_at_once(tmp_path):
-    code = "from burnish.kernels import native; assert native.library() is not None"
+    code = "from burnish.native import products; assert products.library() is not None"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait(120) for process in processes] == [0, 0]

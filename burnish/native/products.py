@@ -1,8 +1,9 @@
-"""Products with quantised weights on a CPU, by a C file that the system's compiler builds on first use.
+"""Products of few tokens with quantised or bfloat16 weights on a CPU, by a C file built on first use.
 
-The plain torch twin reads a quantised matrix, writes it expanded and reads that again; `quantised.c` expands it in
-registers, so that a few tokens cost the stored bytes only. Where there is no compiler, `usable` and `takes` say no, and
-their callers run on plain torch.
+The plain torch twin reads a quantised matrix, writes it expanded and reads that again; `products.c` expands it in
+registers, so that a few tokens cost the stored bytes only. So it does with bfloat16, which torch multiplies slowly on
+processors without instructions for it. Where there is no compiler, `usable` and `takes` say no, and their callers run
+on plain torch.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ import ctypes
 import struct
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from burnish.kernels import build
+from burnish.device import multiplies_bfloat16
+from burnish.native import build
 
 DTYPES = (torch.float32, torch.bfloat16)
-NF4, INT8 = 0, 1
+NF4, INT8, DENSE = 0, 1, 2
 MOST_TOKENS = 32  # above it, expanding the matrix once and torch's product cost less
+MOST_DENSE_TOKENS = 4 if multiplies_bfloat16() else 32  # the same for bfloat16
 SMALL = 1 << 16  # weights below which waking a second thread costs more than it saves
 
 REQUEST = struct.Struct("=15q")  # of the C function `matmul`: one packed argument costs a tenth of fifteen
@@ -46,6 +50,18 @@ def takes(x: Tensor, bias: Tensor | None) -> bool:
     if not 0 < x.shape[0] <= MOST_TOKENS or not usable(x.device, x.dtype):
         return False
     return not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+
+
+def takes_dense(x: Tensor, bias: Tensor | None, matrix: Tensor) -> bool:
+    """The same for `dense_matmul`: matrix (out, in) in bfloat16, `in` a multiple of 64."""
+    fits = matrix.dtype is torch.bfloat16 and x.shape[0] <= MOST_DENSE_TOKENS and not matrix.shape[1] % 64
+    frozen = not (matrix.requires_grad and torch.is_grad_enabled())
+    return fits and frozen and matrix.is_contiguous() and takes(x, bias)
+
+
+def dense_matmul(x: Tensor, bias: Tensor | None, matrix: Tensor) -> Tensor:
+    """x (tokens, in) -> (tokens, out) in x's dtype; matrix (out, in) bfloat16, contiguous."""
+    return _matmul(DENSE, x, bias, matrix.shape, (matrix, None, None, None, None, None))
 
 
 def nf4_matmul(
@@ -133,7 +149,7 @@ def _ready() -> ctypes.CDLL:
 
 def _load(extra: Sequence[str] = ()) -> ctypes.CDLL | None:
     """The library built with `extra` flags; None where it cannot be had."""
-    found = build.load(["quantised.c"], extra=extra)
+    found = build.load([Path(__file__).with_name("products.c")], extra=extra)
     if found is not None:
         pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         found.matmul.argtypes = [ctypes.c_char_p]

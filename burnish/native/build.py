@@ -1,4 +1,4 @@
-"""C files beside this one, built by the system's compiler on first use.
+"""C files of the package, built by the system's compiler on first use.
 
 Building takes a second or two, once per machine: the library is kept in $XDG_CACHE_HOME/burnish (~/.cache/burnish),
 named by its sources, the compiler and the processor.
@@ -19,15 +19,14 @@ from pathlib import Path
 
 from burnish.device import compiler, compiler_line
 
-FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")  # contraction changes roundings
 BUILDS = (("-fopenmp",), ())  # the second where the compiler has no OpenMP
 
 log = logging.getLogger(__name__)
 
 
-def load(sources: Sequence[str], headers: Sequence[str] = (), extra: Sequence[str] = ()) -> ctypes.CDLL | None:
-    """The library of the named C files, built with `extra` flags too; None, logged, where it cannot be had."""
+def load(sources: Sequence[Path], headers: Sequence[Path] = (), extra: Sequence[str] = ()) -> ctypes.CDLL | None:
+    """The library of the C files, built with `extra` flags too; None, logged, where it cannot be had."""
     tool = compiler()
     if tool is None:
         log.warning(compiler_line())
@@ -37,7 +36,8 @@ def load(sources: Sequence[str], headers: Sequence[str] = (), extra: Sequence[st
     except OSError:  # a cache that cannot be written to, or not executed from
         pass
     except subprocess.SubprocessError as error:
-        log.warning("%s failed on %s; burnish runs on plain torch, slower: %s", tool, ", ".join(sources), error)
+        names = ", ".join(path.name for path in sources)
+        log.warning("%s failed on %s; burnish runs on plain torch, slower: %s", tool, names, error)
         return None
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -51,20 +51,20 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "burnish"
 
 
-def _built(tool: str, sources: Sequence[str], headers: Sequence[str], extra: Sequence[str], folder: Path) -> Path:
+def _built(tool: str, sources: Sequence[Path], headers: Sequence[Path], extra: Sequence[str], folder: Path) -> Path:
     """The library in `folder`, compiled unless it is there. Safe beside other processes that do the same."""
     stat = os.stat(tool)
-    texts = [(FOLDER / name).read_text() for name in (*sources, *headers)]
+    texts = [path.read_text() for path in (*sources, *headers)]
     key = [*texts, tool, str(stat.st_size), str(stat.st_mtime_ns), *FLAGS, *extra, _processor()]
     digest = hashlib.sha256("|".join(key).encode()).hexdigest()[:16]
-    path = folder / f"{Path(sources[0]).stem}-{digest}.so"
+    path = folder / f"{sources[0].stem}-{digest}.so"
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as room:
         made = Path(room) / path.name
         for index, parallel in enumerate(BUILDS):
-            files = [word for name in sources for word in ("-x", "c", str(FOLDER / name))]  # g++ forgets -x
+            files = [word for source in sources for word in ("-x", "c", str(source))]  # g++ forgets -x
             command = [tool, *FLAGS, *extra, *parallel, "-o", str(made), *files]
             try:
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
