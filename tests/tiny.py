@@ -24,7 +24,7 @@ CONFIGS = {  # family -> (transformers' class names without their ends, its conf
     "qwen2": ("Qwen2", {**GROUPED, **BIASED}),
     "qwen3": ("Qwen3", {**GROUPED, "head_dim": 16}),
     "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
-    "gemma3_text": ("Gemma3Text", {**GEMMA, "num_hidden_layers": 3, "sliding_window_pattern": 2}),
+    "gemma3_text": ("Gemma3Text", {**GEMMA, "sliding_window_pattern": 2}),
     "bloom": ("Bloom", {"vocab_size": 80, "hidden_size": 36, "n_layer": 2, "n_head": 6}),
     "gpt2": ("GPT2", OLD_SHAPE),
     "opt": ("OPT", {**SHAPE, "ffn_dim": 48, "max_position_embeddings": 64}),
@@ -77,12 +77,16 @@ def reference(family: str, head: str = "", **changes):
     return model.eval()
 
 
+def write(folder: Path, model) -> Path:
+    """A Hugging Face folder of a model that `reference` gave."""
+    model.save_pretrained(folder)
+    tokenizer("encoder" if model.config.model_type == "bert" else "decoder").save_pretrained(folder)
+    return folder
+
+
 @cache
 def _built(root: Path, family: str, head: str) -> Path:
-    folder = root / f"{family}-{head or 'default'}"
-    reference(family, head).save_pretrained(folder)
-    tokenizer("encoder" if family == "bert" else "decoder").save_pretrained(folder)
-    return folder
+    return write(root / f"{family}-{head or 'default'}", reference(family, head))
 
 
 def folder(root: Path, family: str, head: str = "") -> Path:

@@ -5,8 +5,8 @@ Each is one pass of C (`attention.c`, `pointwise.c`, built by the system's compi
 several over temporaries, and keeps less for the backward pass: attention its inputs before rotation and one number per
 row. torch 2.13's own CPU attention runs its bfloat16 backward pass at a fifth of the processor's matrix rate.
 `fused` puts them into a network for as long as it trains; whatever they do not cover (another dtype or device,
-a processor without AVX512-BF16, no compiler, a cache, a prefix, ALiBi, a scale or cap of its own) goes the plain way. Under `torch.compile` only
-attention is replaced, as the compiler fuses the rest.
+a processor without AVX512-BF16, no compiler, a cache, a prefix, ALiBi, scores scaled or capped in another way, Gemma's
+norm) goes the plain way. Under `torch.compile` only attention is replaced, as the compiler fuses the rest.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class _Attention(Attention):
         if not bare or q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[-1] % SIZES:
             return super().attend(q, k, v, frame)
         cosine, sine = frame.rotary or (None, None)
-        if cosine is not None and cosine.shape[-1] < q.shape[-1]:  # the kernel rotates whole heads
-            q, k, cosine, sine = rotate(q, *frame.rotary), rotate(k, *frame.rotary), None, None
+        if cosine is not None and sine is not None and cosine.shape[-1] < q.shape[-1]:  # the kernel turns whole heads
+            q, k, cosine, sine = rotate(q, cosine, sine), rotate(k, cosine, sine), None, None
         return scaled_dot_product_attention(q, k, v, cosine, sine, frame.mask, frame.causal)[0]
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from burnish.config import UserError
 from burnish.model.spec import Spec
 
-
 LINEAR = ("factor",)
 LLAMA3 = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
 

@@ -55,7 +55,7 @@ class Layer(nn.Module):
 
     def __init__(self, spec: Spec, index: int):
         super().__init__()
-        self.post_norm, self.sandwich_norm, self.parallel_norms = spec.post_norm, spec.sandwich_norm, spec.parallel_norms
+        self.spec = spec
         self.plain = not (spec.post_norm or spec.sandwich_norm or spec.parallel_norms)
         self.self_attn = Attention(spec, index)
         self.mlp = MLP(spec)
@@ -72,14 +72,14 @@ class Layer(nn.Module):
         if self.plain:
             x = x + self.self_attn(self.input_layernorm(x), frame)
             return x + self.mlp(self.post_attention_layernorm(x))
-        if self.post_norm:
+        if self.spec.post_norm:
             x = self.post_attention_layernorm(x + self.self_attn(x, frame))
             return self.post_feedforward_layernorm(x + self.mlp(x))
-        if self.sandwich_norm:
+        if self.spec.sandwich_norm:
             x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), frame))
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         first = self.input_layernorm(x)
-        second = first if self.parallel_norms == 1 else self.post_attention_layernorm(x)
+        second = first if self.spec.parallel_norms == 1 else self.post_attention_layernorm(x)
         return x + self.self_attn(first, frame) + self.mlp(second)
 
 

@@ -48,9 +48,7 @@ def read_spec(config: Config, head: Head | None = None, pooler: bool = True) -> 
     declared = (config.get("architectures") or [next(iter(family.architectures.values()))])[0]
     if head is None and declared not in heads:
         hint = nearest(declared, heads)
-        raise UserError(
-            f"config.json: architecture '{declared}' is not supported{hint}; supported: {', '.join(heads)}"
-        )
+        raise UserError(f"config.json: architecture '{declared}' is not supported{hint}; supported: {', '.join(heads)}")
     values["head"] = head or heads[declared]
     if values["head"] == "classification":
         values["num_labels"] = len(config.get("id2label") or {}) or config.get("num_labels", 2)

@@ -90,8 +90,10 @@ def rope(config: Config, layer_type: str = "full_attention") -> Config:
 
 
 def rope_scaling(config: Config) -> tuple[tuple[str, Any], ...]:
-    apart = ("rope_theta", "partial_rotary_factor")
-    return tuple(sorted((key, value) for key, value in rope(config).items() if key not in apart))
+    found, apart = rope(config), ("rope_theta", "partial_rotary_factor")
+    if found.get("rope_type", "default") == "default":
+        return ()
+    return tuple(sorted((key, value) for key, value in found.items() if key not in apart))
 
 
 def rope_theta(default: float = 10000.0, *keys: str) -> Callable[[Config], float]:
@@ -119,7 +121,9 @@ def window(config: Config) -> int:
     return int(config.get("sliding_window", 4096) or 0)
 
 
-def sliding_layers(slides: Callable[[Config, int], bool]) -> Callable[[Config], tuple[int, ...]]:
+def sliding_layers(
+    slides: Callable[[Config, int], bool], size: Callable[[Config], int] = window
+) -> Callable[[Config], tuple[int, ...]]:
     """The layers that see a window only: those `layer_types` names, else those for which `slides` holds."""
 
     def read(config: Config) -> tuple[int, ...]:
@@ -131,6 +135,6 @@ def sliding_layers(slides: Callable[[Config, int], bool]) -> Callable[[Config], 
         if unknown or len(kinds) != count:
             what = f"{min(unknown)!r} is not supported" if unknown else f"{len(kinds)} for {count} layers"
             raise UserError(f"config.json: layer_types: {what}")
-        return tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
+        return tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention" and size(config))
 
     return read

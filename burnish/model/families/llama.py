@@ -101,7 +101,7 @@ QWEN2 = replace(
         "mlp_bias": _no_bias,
         "max_positions": optional("max_position_embeddings", 32768),
         "sliding_window": _qwen_window,
-        "sliding_layers": sliding_layers(lambda c, layer: layer >= c.get("max_window_layers", 28)),
+        "sliding_layers": sliding_layers(lambda c, layer: layer >= c.get("max_window_layers", 28), _qwen_window),
     },
     architectures=decoder("Qwen2"),
 )
