@@ -66,6 +66,20 @@ def test_padding_equals_transformers(root, family, side):
     torch.testing.assert_close(got[mask], want[mask], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", tiny.DECODERS)
+def test_a_classifier_reads_the_last_token_of_padded_rows(root, family, side):
+    folder = tiny.folder(root, family, "classification")
+    reference, model = tiny.reference(family, "classification"), burnish.load(folder)
+    x, mask = ids(), torch.arange(11) >= torch.tensor([[0], [4], [7]])
+    mask = mask if side == "left" else mask.flip(1)
+    x = x.masked_fill(~mask, reference.config.pad_token_id)
+    extra = {} if family in NO_POSITION_IDS else {"position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
+    want = outputs(reference, input_ids=x, attention_mask=mask.long(), **extra)
+    got = ours(model, {"input_ids": x, "attention_mask": mask})
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", tiny.DECODERS)
 def test_cache_equals_one_forward(root, family, padded):

@@ -140,7 +140,8 @@ OLDER = [
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 700.0}, "sliding_attention": ROPE}},
         {"rope_parameters": "absent", "layer_types": "absent", "sliding_window_pattern": 2, "rope_theta": 700.0,
          "rope_local_base_freq": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
-    ("mpt", {}, {"attn_config": {"alibi": True, "attn_impl": "torch", "clip_qkv": None, "softmax_scale": None}}),
+    ("mpt", {}, {"architectures": ["MPTForCausalLM"],
+        "attn_config": {"alibi": True, "attn_impl": "torch", "clip_qkv": None, "softmax_scale": None}}),
 ]  # fmt: skip
 
 
@@ -187,6 +188,7 @@ REFUSED = [
     ("mpt", {"attn_config": {"alibi": False}}, "attn_config: alibi: false"),
     ("mpt", {"attn_config": {"qk_ln": True}}, "attn_config: qk_ln: true"),
     ("mpt", {"attn_config": {"attn_type": "multiquery_attention"}}, "attn_config: attn_type"),
+    ("mpt", {"attn_config": {"rope": True}}, "attn_config: rope: true"),
     ("mpt", {"logit_scale": 0.5}, "logit_scale: 0.5"),
     ("mpt", {"norm_type": "rmsnorm"}, "norm_type: 'rmsnorm'"),
     ("mpt", {"no_bias": False}, "no_bias: false"),

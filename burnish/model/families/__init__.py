@@ -44,12 +44,12 @@ def read_spec(config: Config, head: Head | None = None, pooler: bool = True) -> 
             raise UserError(
                 f"config.json: a {name} config needs '{error.args[0] if error.args else keys[0]}'"
             ) from None
-    heads = {architecture: key for key, architecture in family.architectures.items()}
+    heads = {architecture.lower(): key for key, architecture in family.architectures.items()}  # mpt-7b says MPTFor...
     declared = (config.get("architectures") or [next(iter(family.architectures.values()))])[0]
-    if head is None and declared not in heads:
-        hint = nearest(declared, heads)
-        raise UserError(f"config.json: architecture '{declared}' is not supported{hint}; supported: {', '.join(heads)}")
-    values["head"] = head or heads[declared]
+    if head is None and declared.lower() not in heads:
+        known = family.architectures.values()
+        raise UserError(f"config.json: architecture '{declared}' is not supported; supported: {', '.join(known)}")
+    values["head"] = head or heads[declared.lower()]
     if values["head"] == "classification":
         values["num_labels"] = len(config.get("id2label") or {}) or config.get("num_labels", 2)
     values["pooler"] = pooler and name == "bert" and values["head"] in ("classification", "none")

@@ -264,6 +264,8 @@ def _refuse_mpt(config: Config) -> str | None:
         attn_uses_sequence_id=False,
         prefix_lm=False,
         qk_ln=False,
+        rope=False,
+        sliding_window_size=-1,
     )(config.get("attn_config") or {})
     if attention:
         return f"attn_config: {attention}"
