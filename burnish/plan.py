@@ -82,9 +82,15 @@ def plan(
     trainable = sum(p.numel() for p in model.trainable().values())
     stored = sum(p.numel() * p.element_size() for p in model.net.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.trainable().values())
-    kept = spec.hidden_size if gradient_checkpointing else 12 * spec.hidden_size + 4 * spec.intermediate_size
+    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    layer = (18 if spec.sandwich_norm else 8) * spec.hidden_size + 4 * queries + 4 * spec.intermediate_size
+    layer += 4 * (queries + keys) if spec.qk_norm else 0
+    kept = spec.hidden_size if gradient_checkpointing else layer
     active = rows * tokens * itemsize * (spec.num_layers * kept + 4 * spec.hidden_size) if trainable else 0
-    cache = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * rows * tokens * itemsize
+    if spec.attention_softcap and trainable:  # the scores themselves are kept: capped, and as float32 and cast weights
+        scores = rows * spec.num_heads * tokens**2 * (2 * itemsize + 4)
+        active += scores if gradient_checkpointing else spec.num_layers * scores
+    cache = 2 * spec.num_layers * keys * rows * tokens * itemsize
     return Plan(
         parameters=model.parameter_count(),
         trainable=trainable,

@@ -58,13 +58,13 @@ class Limit:
         return all(names is None or name in names for names, name in zip(wanted, where, strict=True))
 
 
+SEPARATE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+FUSED = ("self_attn.qkv_proj", "self_attn.o_proj")
+PLAIN, GATED = ("mlp.up_proj", "mlp.down_proj"), ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 PROJECTIONS = {
-    "llama": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-    + ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-    "bloom": ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"),
-    "gpt2": ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"),
-    "bert": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-    + ("mlp.up_proj", "mlp.down_proj"),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), SEPARATE + GATED),
+    **dict.fromkeys(("bloom", "gpt2", "gpt_neox", "falcon", "mpt"), FUSED + PLAIN),
+    **dict.fromkeys(("opt", "bert"), SEPARATE + PLAIN),
 }
 
 

@@ -13,8 +13,30 @@ WORDS = [
     *("rome", "berlin", "true", "false", "question", "answer", ":", ".", "?", ","),
 ]
 SHAPE = {"vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-FAMILIES = ("llama", "bloom", "gpt2", "bert")
-DECODERS = ("llama", "bloom", "gpt2")
+COMMON = {"intermediate_size": 48, "max_position_embeddings": 64}
+GROUPED = {**SHAPE, **COMMON, "num_key_value_heads": 2}
+OLD_SHAPE = {"vocab_size": 80, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+GEMMA = {**GROUPED, "head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 4}
+BIASED = {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True}
+CONFIGS = {  # family -> (transformers' class names without their ends, its config)
+    "llama": ("Llama", GROUPED),
+    "mistral": ("Mistral", {**GROUPED, "sliding_window": 4}),
+    "qwen2": ("Qwen2", {**GROUPED, **BIASED}),
+    "qwen3": ("Qwen3", {**GROUPED, "head_dim": 16}),
+    "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3_text": ("Gemma3Text", {**GEMMA, "sliding_window_pattern": 2}),
+    "bloom": ("Bloom", {"vocab_size": 80, "hidden_size": 36, "n_layer": 2, "n_head": 6}),
+    "gpt2": ("GPT2", OLD_SHAPE),
+    "opt": ("OPT", {**SHAPE, "ffn_dim": 48, "max_position_embeddings": 64}),
+    "gpt_neox": ("GPTNeoX", {**SHAPE, **COMMON}),
+    "falcon": ("Falcon", {**SHAPE, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    "mpt": ("Mpt", {"vocab_size": 80, "d_model": 36, "n_layers": 2, "n_heads": 6, "max_seq_len": 64}),
+    "bert": ("Bert", {**SHAPE, **COMMON, "type_vocab_size": 2}),
+}
+ENDS = {"lm": "ForCausalLM", "masked_lm": "ForMaskedLM", "classification": "ForSequenceClassification", "none": "Model"}
+EXCEPTIONS = {("gpt2", "lm"): "GPT2LMHeadModel", ("gemma3_text", "lm"): "Gemma3ForCausalLM"}
+FAMILIES = tuple(CONFIGS)
+DECODERS = tuple(family for family in FAMILIES if family != "bert")
 
 
 def tokenizer(kind: str = "decoder"):
@@ -43,37 +65,28 @@ def reference(family: str, head: str = "", **changes):
     import transformers as t
 
     torch.manual_seed(0)
-    heads = {"llama": "lm", "bloom": "lm", "gpt2": "lm", "bert": "masked_lm"}
-    head = head or heads[family]
-    suffix = {"lm": "ForCausalLM", "masked_lm": "ForMaskedLM", "classification": "ForSequenceClassification"}
-    if family == "llama":
-        kwargs = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
-        config = t.LlamaConfig(**{**kwargs, **changes})
-        name = "Llama"
-    elif family == "bloom":
-        config = t.BloomConfig(**{"vocab_size": 80, "hidden_size": 36, "n_layer": 2, "n_head": 6, **changes})
-        name = "Bloom"
-    elif family == "gpt2":
-        kwargs = {"vocab_size": 80, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-        config, name = t.GPT2Config(**{**kwargs, **changes}), "GPT2"
-        suffix["lm"] = "LMHeadModel"
-    else:
-        kwargs = {**SHAPE, "intermediate_size": 48, "max_position_embeddings": 64, "type_vocab_size": 2}
-        config, name = t.BertConfig(**{**kwargs, **changes}), "Bert"
+    name, kwargs = CONFIGS[family]
+    config = getattr(t, f"{name}Config")(**{**kwargs, **changes})
+    head = head or ("masked_lm" if family == "bert" else "lm")
+    model = EXCEPTIONS.get((family, head), name + ENDS[head])
     config.pad_token_id, config.eos_token_id, config.bos_token_id = 0, 1, 1
-    model = getattr(t, name + suffix.get(head, "Model"))(config)
+    model = getattr(t, model)(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
 
 
+def write(folder: Path, model) -> Path:
+    """A Hugging Face folder of a model that `reference` gave."""
+    model.save_pretrained(folder)
+    tokenizer("encoder" if model.config.model_type == "bert" else "decoder").save_pretrained(folder)
+    return folder
+
+
 @cache
 def _built(root: Path, family: str, head: str) -> Path:
-    folder = root / f"{family}-{head or 'default'}"
-    reference(family, head).save_pretrained(folder)
-    tokenizer("encoder" if family == "bert" else "decoder").save_pretrained(folder)
-    return folder
+    return write(root / f"{family}-{head or 'default'}", reference(family, head))
 
 
 def folder(root: Path, family: str, head: str = "") -> Path:

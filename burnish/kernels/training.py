@@ -5,8 +5,8 @@ Each is one pass of C (`attention.c`, `pointwise.c`, built by the system's compi
 several over temporaries, and keeps less for the backward pass: attention its inputs before rotation and one number per
 row. torch 2.13's own CPU attention runs its bfloat16 backward pass at a fifth of the processor's matrix rate.
 `fused` puts them into a network for as long as it trains; whatever they do not cover (another dtype or device,
-a processor without AVX-512, no compiler, a cache, a prefix, ALiBi) goes the plain way. Under `torch.compile` only
-attention is replaced, as the compiler fuses the rest.
+a processor without AVX-512, no compiler, a cache, a prefix, ALiBi, scores scaled or capped in another way, Gemma's
+norm) goes the plain way. Under `torch.compile` only attention is replaced, as the compiler fuses the rest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from burnish.model.attention import Attention, Frame
-from burnish.model.transformer import ACTIVATIONS, MLP, Norm, Transformer
+from burnish.model.norm import Norm
+from burnish.model.positions import rotate
+from burnish.model.transformer import ACTIVATIONS, MLP, Transformer
 from burnish.native import build
 
 FOLDER = Path(__file__).parent
@@ -83,6 +85,8 @@ def _ready() -> ctypes.CDLL:
 def fused(net: Transformer) -> Iterator[None]:
     """Run the network's attention, RMSNorm and gated SiLU by the kernels inside the block, wherever they can."""
     swaps: dict[type, type] = {Attention: _Attention, Norm: _Norm, MLP: _MLP} if library() else {}
+    if net.spec.attention_scale or net.spec.attention_softcap:
+        swaps.pop(Attention, None)
     swapped = [(module, type(module)) for module in net.modules() if type(module) in swaps]
     for module, plain in swapped:
         module.__class__ = swaps[plain]
@@ -99,12 +103,14 @@ class _Attention(Attention):
         if not bare or q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[-1] % SIZES:
             return super().attend(q, k, v, frame)
         cosine, sine = frame.rotary or (None, None)
+        if cosine is not None and sine is not None and cosine.shape[-1] < q.shape[-1]:  # the kernel turns whole heads
+            q, k, cosine, sine = rotate(q, cosine, sine), rotate(k, cosine, sine), None, None
         return scaled_dot_product_attention(q, k, v, cosine, sine, frame.mask, frame.causal)[0]
 
 
 class _Norm(Norm):
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is not None or self.weight.requires_grad or not _takes(x):
+        if not self.rms or self.weight.requires_grad or not _takes(x):
             return super().forward(x)
         return _RMSNorm.apply(x.contiguous(), self.weight.to(x.dtype), self.eps)
 

@@ -1,7 +1,8 @@
 """Self-attention: which key each query sees, and the product over them.
 
 Visibility is a function of (query, key): `visibility` builds it once per forward as one mask for all layers, so that
-padding, packed documents, a cache and a prefix are handled in one place.
+padding, packed documents, a cache and a prefix are handled in one place. `narrow` makes of it what the layers with a
+sliding window see: keys less than `sliding_window` positions back, and a prefix always.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from burnish.model.cache import KVCache, Prefix
 from burnish.model.linear import Linear
+from burnish.model.norm import norm
 from burnish.model.positions import alibi_slopes, rotate
 from burnish.model.spec import Spec
 
@@ -90,8 +92,26 @@ def visibility(
     if prefix is not None:
         key_positions = torch.cat((index - (prefix.size - lengths[..., None]), key_positions), dim=2)
     distance = (key_positions - positions[:, :, None]).to(torch.float32)
-    bias = alibi_slopes(spec.num_heads).to(device)[None, :, None, None] * distance[:, None]
+    slopes = spec.alibi_scale * alibi_slopes(spec.num_heads).to(device)
+    bias = slopes[None, :, None, None] * distance[:, None]
     return bias.masked_fill(~mask, float("-inf")).to(dtype), False
+
+
+def narrow(spec: Spec, frame: Frame, positions: Tensor) -> tuple[Tensor | None, bool]:
+    """(mask, causal) of the sliding layers, from the `frame` of the others and the queries' positions (B, T)."""
+    cache, length = frame.cache, frame.length
+    keys = length if cache is None else cache.length
+    if keys <= spec.sliding_window:
+        return frame.mask, frame.causal
+    key_positions = positions if cache is None else cache.positions[:, :keys]
+    seen = key_positions[:, None, :] > positions[:, :, None] - spec.sliding_window  # (B, T, S)
+    if cache is not None and cache.prefix:
+        seen[:, :, : cache.prefix] = True
+    if frame.prefix is not None:
+        seen = F.pad(seen, (frame.prefix.size, 0), value=True)
+    if frame.mask is not None:
+        return frame.mask & seen[:, None], False
+    return (seen & torch.ones(length, keys, dtype=torch.bool, device=seen.device).tril(keys - length))[:, None], False
 
 
 class Attention(nn.Module):
@@ -108,20 +128,26 @@ class Attention(nn.Module):
             self.k_proj = Linear(spec.hidden_size, key, spec.qkv_bias)
             self.v_proj = Linear(spec.hidden_size, key, spec.qkv_bias)
         self.o_proj = Linear(query, spec.hidden_size, spec.out_bias)
+        self.q_norm = norm(spec, spec.head_dim) if spec.qk_norm else None
+        self.k_norm = norm(spec, spec.head_dim) if spec.qk_norm else None
+        self.scale = spec.attention_scale or None
 
     def project(self, x: Tensor, frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
         """x (B * T, hidden) -> q, k, v, each (B, T, heads, head_dim)."""
         spec, rows = self.spec, (frame.batch, frame.length)
         if spec.fused_qkv == "heads":
-            fused = self.qkv_proj(x).view(*rows, spec.num_heads, 3, spec.head_dim)
-            return fused[..., 0, :], fused[..., 1, :], fused[..., 2, :]
+            fused = self.qkv_proj(x).view(*rows, spec.num_kv_heads, -1, spec.head_dim)  # queries, key, value
+            return fused[..., :-2, :].flatten(2, 3), fused[..., -2, :], fused[..., -1, :]
         if spec.fused_qkv == "blocks":
             fused = self.qkv_proj(x).view(*rows, 3, spec.num_heads, spec.head_dim)
+            if spec.clip_qkv:
+                fused = fused.clamp(-spec.clip_qkv, spec.clip_qkv)
             return fused[:, :, 0], fused[:, :, 1], fused[:, :, 2]
-        q = self.q_proj(x).view(*rows, spec.num_heads, spec.head_dim)
-        k = self.k_proj(x).view(*rows, spec.num_kv_heads, spec.head_dim)
-        v = self.v_proj(x).view(*rows, spec.num_kv_heads, spec.head_dim)
-        return q, k, v
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q.view(-1, spec.head_dim)), self.k_norm(k.view(-1, spec.head_dim))
+        q = q.view(*rows, spec.num_heads, spec.head_dim)
+        return q, k.view(*rows, spec.num_kv_heads, spec.head_dim), v.view(*rows, spec.num_kv_heads, spec.head_dim)
 
     def forward(self, x: Tensor, frame: Frame) -> Tensor:
         out = self.attend(*self.project(x, frame), frame)  # (B, T, heads, head_dim)
@@ -140,5 +166,22 @@ class Attention(nn.Module):
             k = torch.cat((prefix.keys[self.layer].expand(expand).to(k.dtype), k), dim=2)
             v = torch.cat((prefix.values[self.layer].expand(expand).to(v.dtype), v), dim=2)
         grouped = self.spec.num_kv_heads != self.spec.num_heads
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=frame.mask, is_causal=frame.causal, enable_gqa=grouped)
+        if self.spec.attention_softcap:
+            return self.capped(q, k, v, frame).transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=frame.mask, is_causal=frame.causal, scale=self.scale, enable_gqa=grouped
+        )
         return out.transpose(1, 2)
+
+    def capped(self, q: Tensor, k: Tensor, v: Tensor, frame: Frame) -> Tensor:
+        """Attention over scores c * tanh(score / c) (Gemma 2, arXiv 2408.00118, section 2), (B, heads, T, head_dim)."""
+        cap, shared = self.spec.attention_softcap, self.spec.num_heads // self.spec.num_kv_heads
+        k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+        scores = q @ k.transpose(2, 3) * (self.scale or self.spec.head_dim**-0.5)
+        scores = cap * torch.tanh(scores / cap)
+        mask = frame.mask
+        if frame.causal:
+            mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return scores.to(torch.promote_types(q.dtype, torch.float32)).softmax(-1).to(q.dtype) @ v

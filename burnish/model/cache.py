@@ -34,7 +34,8 @@ class Prefix:
 class KVCache:
     """Per-layer keys and values of shape (B, kv_heads, capacity, head_dim), filled from slot 0 on.
 
-    `valid` (B, capacity) marks slots that hold a real token, `positions` (B, capacity) their position.
+    `valid` (B, capacity) marks slots that hold a real token, `positions` (B, capacity) their position; the first
+    `prefix` slots hold a prefix.
     """
 
     def __init__(self, spec: Spec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
@@ -44,6 +45,7 @@ class KVCache:
         self.valid = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
         self.positions = torch.zeros(batch, capacity, dtype=torch.long, device=device)
         self.length = 0
+        self.prefix = 0
         self.holes = False  # whether some filled slot of some row holds no token
 
     @property
@@ -64,7 +66,7 @@ class KVCache:
         lengths = slots.new_full((len(self.valid), 1), size) if prefix.lengths is None else prefix.lengths[:, :1]
         self.positions[:, :size] = slots - (size - lengths)
         self.valid[:, :size] = self.positions[:, :size] >= 0
-        self.length = size
+        self.length = self.prefix = size
         self.holes = prefix.lengths is not None
 
     def reserve(self, valid: Tensor | None, positions: Tensor) -> None:

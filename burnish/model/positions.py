@@ -13,40 +13,54 @@ from torch import Tensor
 from burnish.config import UserError
 from burnish.model.spec import Spec
 
+LINEAR = ("factor",)
+LLAMA3 = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
 
-def inverse_frequencies(spec: Spec, device: torch.device | None = None) -> Tensor:
-    """(head_dim / 2,) rotation frequencies in radians per position, with the spec's scaling applied.
+
+def inverse_frequencies(spec: Spec, device: torch.device | None = None, local: bool = False) -> Tensor:
+    """(rotated dimensions / 2,) rotation frequencies in radians per position, with the spec's scaling applied.
 
     Scaling "linear" divides every frequency by the factor; "llama3" divides the low frequencies only and blends in
-    between (the Llama 3.1 checkpoints' `rope_scaling`). Raises UserError on a type that is not known.
+    between (the Llama 3.1 checkpoints' `rope_scaling`). `local`: of the sliding layers, which are not scaled. Raises
+    UserError on a type that is not known or lacks a parameter.
     """
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32, device=device) / spec.head_dim
+    size = int(spec.head_dim * spec.rotary_share)
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
+    if local:
+        return 1.0 / spec.rope_local_theta**exponents
     frequencies = 1.0 / spec.rope_theta**exponents
     scaling = dict(spec.rope_scaling)
     kind = scaling.get("rope_type", "default")
     if kind == "default":
         return frequencies
-    factor = float(scaling.get("factor", 1.0))
+    needed = {"linear": LINEAR, "llama3": LLAMA3}.get(str(kind))
+    if needed is None:
+        raise UserError(f"config.json: rope_scaling type '{kind}' is not supported; known: default, linear, llama3")
+    missing = [key for key in needed if key not in scaling]
+    if missing:
+        raise UserError(f"config.json: rope_scaling type '{kind}' needs {', '.join(missing)}")
+    factor = float(scaling["factor"])
     if kind == "linear":
         return frequencies / factor
-    if kind == "llama3":
-        original = float(scaling["original_max_position_embeddings"])
-        low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-        turns = original * frequencies / (2 * math.pi)
-        blend = ((turns - low) / (high - low)).clamp(0, 1)
-        return frequencies * (blend + (1 - blend) / factor)
-    raise UserError(f"config.json: rope_scaling type '{kind}' is not supported; known: default, linear, llama3")
+    original = float(scaling["original_max_position_embeddings"])
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    turns = original * frequencies / (2 * math.pi)
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (blend + (1 - blend) / factor)
 
 
 def rotary_angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """positions (B, T) -> cos, sin, each (B, T, 1, head_dim), to multiply (B, T, heads, head_dim)."""
+    """positions (B, T) -> cos, sin, each (B, T, 1, rotated), to multiply (B, T, heads, rotated)."""
     angles = (positions[..., None].float() * frequencies)[:, :, None]
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, T, heads, head_dim), pairing dimension j with j + head_dim / 2."""
+    """Rotate the first D dimensions of x (B, T, heads, head_dim), pairing j with j + D / 2; D is cos's last size."""
+    size = cos.shape[-1]
+    if size < x.shape[-1]:
+        return torch.cat((rotate(x[..., :size], cos, sin), x[..., size:]), dim=-1)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 

@@ -12,8 +12,15 @@ Head = Literal["lm", "masked_lm", "classification", "none"]
 class Spec:
     """Shape and arithmetic of one `Transformer`.
 
-    Sizes count elements. `fused_qkv` is the row layout of one fused projection: "heads" holds q|k|v per head
-    (BLOOM), "blocks" holds all q, then all k, then all v (GPT-2), "" means three projections.
+    Sizes count elements. `fused_qkv` is the row layout of one fused projection: "heads" holds, per key-value head, its
+    queries, its key and its value (BLOOM, GPT-NeoX, Falcon), "blocks" holds all q, then all k, then all v (GPT-2),
+    "" means three projections. `norm` "centred_rms" multiplies by 1 + weight (Gemma).
+
+    Where the norms stand: before attention and feed-forward; after each sum (`post_norm`, BERT); before and after
+    each (`sandwich_norm`, Gemma); before both at once, one for both or one for each (`parallel_norms` 1 or 2, Falcon,
+    GPT-NeoX). Layers in `sliding_layers` see the last `sliding_window` positions, and rotate by `rope_local_theta`
+    where it is not 0. `rotary_share` of each head is rotated (GPT-NeoX). Scales and caps of 0 mean the usual: queries
+    over the root of head_dim, embeddings as they are, no cap.
     """
 
     family: str
@@ -26,22 +33,37 @@ class Spec:
     head_dim: int
     intermediate_size: int
     max_positions: int
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Literal["rms", "centred_rms", "layer"] = "rms"
     norm_eps: float = 1e-5
+    norm_bias: bool = True
     post_norm: bool = False
+    sandwich_norm: bool = False
+    parallel_norms: int = 0
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     gated: bool = False
     fused_qkv: Literal["", "heads", "blocks"] = ""
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
+    qk_norm: bool = False
+    clip_qkv: float = 0.0
+    attention_scale: float = 0.0
+    attention_softcap: float = 0.0
+    sliding_window: int = 0
+    sliding_layers: tuple[int, ...] = ()
     positions: Literal["rotary", "alibi", "learned", "none"] = "rotary"
+    position_offset: int = 0
+    alibi_scale: float = 1.0
+    rotary_share: float = 1.0
     rope_theta: float = 10000.0
+    rope_local_theta: float = 0.0
     rope_scaling: tuple[tuple[str, float | str], ...] = ()
     token_types: int = 0
     embed_norm: bool = False
+    embed_scale: float = 0.0
     head_bias: bool = False
     tied: bool = False
+    logit_softcap: float = 0.0
     head: Head = "lm"
     num_labels: int = 0
     pooler: bool = False

@@ -7,16 +7,19 @@ that `compute_dtype = torch.bfloat16` over float32 parameters is mixed precision
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from burnish.model.attention import Attention, Frame, visibility
+from burnish.model.attention import Attention, Frame, narrow, visibility
 from burnish.model.cache import KVCache, Prefix
 from burnish.model.linear import Linear
+from burnish.model.norm import norm
 from burnish.model.positions import inverse_frequencies, rotary_angles
 from burnish.model.spec import Spec
 
@@ -26,22 +29,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-
-
-class Norm(nn.Module):
-    """RMSNorm (arXiv 1910.07467) or LayerNorm over the last dimension, computed in float32."""
-
-    def __init__(self, kind: str, size: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-        self.bias = nn.Parameter(torch.zeros(size)) if kind == "layer" else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
-        if self.bias is None:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
-        return F.layer_norm(x, weight.shape, weight, self.bias.to(x.dtype), self.eps)
 
 
 class MLP(nn.Module):
@@ -61,26 +48,39 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward with residuals; norms before each (default) or after each sum (`post_norm`)."""
+    """Attention and feed-forward with residuals, the norms where `Spec` says: before each by default.
+
+    Where they run in parallel on norms of their own, `post_attention_layernorm` is the feed-forward's (GPT-NeoX).
+    """
 
     def __init__(self, spec: Spec, index: int):
         super().__init__()
-        norm = (spec.norm, spec.hidden_size, spec.norm_eps)
-        self.post_norm = spec.post_norm
+        self.spec = spec
+        self.plain = not (spec.post_norm or spec.sandwich_norm or spec.parallel_norms)
         self.self_attn = Attention(spec, index)
         self.mlp = MLP(spec)
         if not spec.post_norm:
-            self.input_layernorm = Norm(*norm)
-        self.post_attention_layernorm = Norm(*norm)
-        if spec.post_norm:
-            self.post_feedforward_layernorm = Norm(*norm)
+            self.input_layernorm = norm(spec, spec.hidden_size)
+        if spec.parallel_norms != 1:
+            self.post_attention_layernorm = norm(spec, spec.hidden_size)
+        if spec.sandwich_norm:
+            self.pre_feedforward_layernorm = norm(spec, spec.hidden_size)
+        if spec.post_norm or spec.sandwich_norm:
+            self.post_feedforward_layernorm = norm(spec, spec.hidden_size)
 
     def forward(self, x: Tensor, frame: Frame) -> Tensor:
-        if self.post_norm:
+        if self.plain:
+            x = x + self.self_attn(self.input_layernorm(x), frame)
+            return x + self.mlp(self.post_attention_layernorm(x))
+        if self.spec.post_norm:
             x = self.post_attention_layernorm(x + self.self_attn(x, frame))
             return self.post_feedforward_layernorm(x + self.mlp(x))
-        x = x + self.self_attn(self.input_layernorm(x), frame)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if self.spec.sandwich_norm:
+            x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), frame))
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        first = self.input_layernorm(x)
+        second = first if self.spec.parallel_norms == 1 else self.post_attention_layernorm(x)
+        return x + self.self_attn(first, frame) + self.mlp(second)
 
 
 class HeadTransform(nn.Module):
@@ -90,10 +90,21 @@ class HeadTransform(nn.Module):
         super().__init__()
         self.dense = Linear(spec.hidden_size, spec.hidden_size, True)
         self.act = ACTIVATIONS[spec.activation]
-        self.norm = Norm(spec.norm, spec.hidden_size, spec.norm_eps)
+        self.norm = norm(spec, spec.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.act(self.dense(x)))
+
+
+class CappedLinear(Linear):
+    """A head whose logits are c * tanh(logit / c) (Gemma 2, arXiv 2408.00118, section 2)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, cap: float):
+        super().__init__(in_features, out_features, bias)
+        self.cap = cap
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cap * torch.tanh(super().forward(x) / self.cap)
 
 
 class Transformer(nn.Module):
@@ -106,12 +117,12 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
         if spec.positions == "learned":
-            self.embed_positions = nn.Embedding(spec.max_positions, spec.hidden_size)
+            self.embed_positions = nn.Embedding(spec.max_positions + spec.position_offset, spec.hidden_size)
         if spec.token_types:
             self.embed_token_types = nn.Embedding(spec.token_types, spec.hidden_size)
-        self.embed_norm = Norm(spec.norm, spec.hidden_size, spec.norm_eps) if spec.embed_norm else None
+        self.embed_norm = norm(spec, spec.hidden_size) if spec.embed_norm else None
         self.layers = nn.ModuleList(Layer(spec, index) for index in range(spec.num_layers))
-        self.norm = None if spec.post_norm else Norm(spec.norm, spec.hidden_size, spec.norm_eps)
+        self.norm = None if spec.post_norm else norm(spec, spec.hidden_size)
         self.techniques = nn.ModuleDict()
         self.set_head(spec)
 
@@ -123,7 +134,8 @@ class Transformer(nn.Module):
         self.lm_head = None
         self.score = None
         if spec.head in ("lm", "masked_lm"):
-            self.lm_head = Linear(spec.hidden_size, spec.vocab_size, spec.head_bias)
+            shape = (spec.hidden_size, spec.vocab_size, spec.head_bias)
+            self.lm_head = CappedLinear(*shape, spec.logit_softcap) if spec.logit_softcap else Linear(*shape)
             self.tie()
         elif spec.head == "classification":
             self.score = Linear(spec.hidden_size, spec.num_labels, not spec.causal)
@@ -149,7 +161,10 @@ class Transformer(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """input_ids (B, T) -> token embeddings (B, T, hidden), without positions."""
-        return self.embed_tokens(input_ids).to(self.dtype)
+        x = self.embed_tokens(input_ids).to(self.dtype)
+        if self.spec.embed_scale:  # rounded to the activations' dtype, as Gemma was trained
+            x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype)
+        return x
 
     def forward(
         self,
@@ -179,16 +194,21 @@ class Transformer(nn.Module):
         if self.spec.positions == "rotary":
             rotary = rotary_angles(positions, inverse_frequencies(self.spec, x.device), x.dtype)
         elif self.spec.positions == "learned":
-            x = x + self.embed_positions(positions).to(x.dtype)
+            rows = positions + self.spec.position_offset if self.spec.position_offset else positions
+            x = x + self.embed_positions(rows).to(x.dtype)
         if self.spec.token_types:
             types = torch.zeros_like(positions) if token_type_ids is None else token_type_ids
             x = x + self.embed_token_types(types).to(x.dtype)
 
         frame = Frame(batch, length, mask, causal, rotary, cache, prefix)
+        frames: Iterable[Frame] = repeat(frame)
+        if self.spec.sliding_layers:
+            near = self.near(frame, positions, x.dtype)
+            frames = [near if layer in self.spec.sliding_layers else frame for layer in range(self.spec.num_layers)]
         x = x.view(batch * length, -1)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        for layer in self.layers:
+        for layer, frame in zip(self.layers, frames, strict=False):
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(layer, x, frame, use_reentrant=False)
             else:
@@ -196,6 +216,14 @@ class Transformer(nn.Module):
         if self.norm is not None:
             x = self.norm(x)
         return x.view(batch, length, -1)
+
+    def near(self, frame: Frame, positions: Tensor, dtype: torch.dtype) -> Frame:
+        """The frame of the sliding layers, from that of the others."""
+        mask, causal = narrow(self.spec, frame, positions)
+        rotary = frame.rotary
+        if self.spec.rope_local_theta:
+            rotary = rotary_angles(positions, inverse_frequencies(self.spec, positions.device, local=True), dtype)
+        return replace(frame, mask=mask, causal=causal, rotary=rotary)
 
     def positions(
         self,

@@ -84,6 +84,7 @@ def load(
         chains.rebuild(model, chain)
     fill(model, entries, extras, folder, dtype, device)
     model.tokenizer = load_tokenizer(folder if has_tokenizer(folder) else base)
+    check_vocabulary(model, folder)
     if (base / "generation_config.json").exists():
         model.generation_config = read_json(base / "generation_config.json")
     own = base == folder and not chain  # weights without a chain are a base of their own
@@ -104,6 +105,18 @@ def based_on(folder: Path, saved: dict[str, Any]) -> str:
     return saved["base"]
 
 
+def check_vocabulary(model: Model, folder: Path) -> None:
+    """Raise UserError where the tokenizer gives ids that the embedding has no row for."""
+    rows, spare = model.spec.vocab_size, family_of(model.hf_config).spare_tokens
+    if len(model.tokenizer) - len(spare) <= rows:
+        return
+    beyond = [word for word, token in model.tokenizer.get_vocab().items() if token >= rows and word not in spare]
+    raise UserError(
+        f"{folder}: the tokenizer has {len(model.tokenizer)} tokens and the embedding {rows} rows; nothing stands for "
+        f"{', '.join(map(repr, sorted(beyond)[:3]))}: take the tokenizer that the weights were saved with"
+    )
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder brings a tokenizer of its own."""
     return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"))
@@ -111,10 +124,13 @@ def has_tokenizer(folder: Path) -> bool:
 
 def canonical(entries: dict[str, Entry], hf_config: dict[str, Any]) -> dict[str, Entry]:
     """The entries under their family's full names: base-only checkpoints leave the outer prefix away."""
-    prefix = family_of(hf_config).prefix
+    family = family_of(hf_config)
+    for old, new in family.aliases:
+        entries = {new + key.removeprefix(old) if key.startswith(old) else key: entry for key, entry in entries.items()}
+    prefix = family.prefix
     if not prefix or any(key.startswith(prefix) for key in entries):
         return entries
-    heads = ("lm_head.", "score.", "classifier.", "cls.")
+    heads = ("lm_head.", "embed_out.", "score.", "classifier.", "cls.")
     return {key if key.startswith(heads) else prefix + key: entry for key, entry in entries.items()}
 
 

@@ -4,7 +4,7 @@
 
 Source: "Prefix-Tuning" (arXiv 2101.00190), sections 4.2 and 4.3: the reparametrisation makes training stable and is
 dropped afterwards. The prefix fills the attention's keys and values and lengthens no computation but attention's.
-Positions of the tokens start after it. Limits: decoders only.
+Positions of the tokens start after it, and layers with a sliding window see it from anywhere. Limits: decoders only.
 """
 
 from __future__ import annotations

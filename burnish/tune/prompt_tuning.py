@@ -52,21 +52,21 @@ def apply(model: Model, config: Config, context: Context) -> Config:
         raise UserError(f"technique '{NAME}': num_virtual_tokens is {config.num_virtual_tokens}; at least 1 is needed")
     rebuild(model, config)
     prompt = state(model)
-    table = model.net.embed_tokens.weight.detach()
+    rows = torch.empty(0, dtype=torch.long)
     generator = torch.Generator().manual_seed(context.seed)
     count = config.num_virtual_tokens
     with torch.no_grad():
         if config.init == "random":
             prompt.embedding.copy_(torch.rand(prompt.embedding.shape, generator=generator) - 0.5)
         elif config.init == "vocabulary":
-            rows = torch.randint(len(table), (count,), generator=generator)
-            prompt.embedding.copy_(table[rows.to(table.device)])
+            rows = torch.randint(model.spec.vocab_size, (count,), generator=generator)
         else:
             ids = model.tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
             if not ids:
                 raise UserError(f"technique '{NAME}': init is 'text' and init_text is empty; give init_text some words")
-            rows = torch.tensor([ids[i % len(ids)] for i in range(count)], device=table.device)
-            prompt.embedding.copy_(table[rows])
+            rows = torch.tensor([ids[i % len(ids)] for i in range(count)])
+        if len(rows):
+            prompt.embedding.copy_(model.net.embed(rows.to(model.device)))
     return config
 
 

@@ -12,12 +12,13 @@ from burnish.chain import forward
 from burnish.model.cache import KVCache
 from burnish.store.checkpoint import save
 
-CASES = [(family, "") for family in tiny.FAMILIES] + [
-    ("llama", "classification"),
-    ("gpt2", "classification"),
-    ("bert", "classification"),
+CASES = [(family, head) for family in tiny.FAMILIES for head in ("", "classification")] + [
     ("bert", "none"),
+    ("opt", "none"),
+    ("gpt_neox", "none"),
+    ("gemma3_text", "none"),
 ]
+NO_POSITION_IDS = ("bloom", "mpt")
 
 
 def ids(rows: int = 3, length: int = 11) -> torch.Tensor:
@@ -59,10 +60,24 @@ def test_padding_equals_transformers(root, family, side):
         if side == "right":
             mask[row] = mask[row].flip(0)
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    extra = {} if family == "bloom" else {"position_ids": positions}
+    extra = {} if family in NO_POSITION_IDS else {"position_ids": positions}
     want = outputs(reference, input_ids=x, attention_mask=mask.long(), **extra)
     got = ours(model, {"input_ids": x, "attention_mask": mask})
     torch.testing.assert_close(got[mask], want[mask], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", tiny.DECODERS)
+def test_a_classifier_reads_the_last_token_of_padded_rows(root, family, side):
+    folder = tiny.folder(root, family, "classification")
+    reference, model = tiny.reference(family, "classification"), burnish.load(folder)
+    x, mask = ids(), torch.arange(11) >= torch.tensor([[0], [4], [7]])
+    mask = mask if side == "left" else mask.flip(1)
+    x = x.masked_fill(~mask, reference.config.pad_token_id)
+    extra = {} if family in NO_POSITION_IDS else {"position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
+    want = outputs(reference, input_ids=x, attention_mask=mask.long(), **extra)
+    got = ours(model, {"input_ids": x, "attention_mask": mask})
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("padded", [False, True])

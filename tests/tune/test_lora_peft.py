@@ -18,10 +18,13 @@ from burnish.config import UserError
 from burnish.store.checkpoint import load, save
 from burnish.tune import lora
 
-CASES = [("llama", ""), ("bloom", ""), ("gpt2", ""), ("bert", ""), ("bert", "classification"), ("bert", "none")]
+CASES = [(family, "") for family in tiny.FAMILIES]
+CASES += [("bert", "classification"), ("bert", "none"), ("gpt_neox", "none"), ("opt", "none")]
 NATIVE = {  # the family's own module names
-    "llama": ["q_proj", "v_proj", "down_proj"],
-    "bloom": ["query_key_value", "dense_h_to_4h"],
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), ["q_proj", "v_proj", "down_proj"]),
+    **dict.fromkeys(("bloom", "gpt_neox", "falcon"), ["query_key_value", "dense_h_to_4h"]),
+    "opt": ["q_proj", "out_proj", "fc1"],
+    "mpt": ["Wqkv", "ffn.down_proj"],
     "gpt2": ["c_attn", "mlp.c_proj"],
     "bert": ["query", "value", "intermediate.dense"],
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -11,6 +13,7 @@ from burnish import chain
 from burnish.chain import Context, Model, forward
 from burnish.config import UserError
 from burnish.engine.order import encode
+from burnish.model.cache import KVCache
 from burnish.model.example import IGNORE, Example
 from burnish.store.batch import collate
 from burnish.store.checkpoint import load
@@ -19,8 +22,8 @@ IDS = torch.randint(6, 80, (2, 7), generator=torch.Generator().manual_seed(3))
 CLOSE = {"atol": 1e-4, "rtol": 0}
 
 
-def tuned(root, family: str, name: str, **options) -> Model:
-    model = chain.apply(load(tiny.folder(root, family)), {name: options}, Context(seed=4))
+def tuned(folder: Path, name: str, **options) -> Model:
+    model = chain.apply(load(folder), {name: options}, Context(seed=4))
     with torch.no_grad():
         for parameter in model.trainable().values():
             parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(6))
@@ -39,7 +42,7 @@ def logits(model: Model, lengths=(None, None)) -> torch.Tensor:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("length", [4, 2])
 def test_a_soft_prompt_is_embeddings_before_the_text(root, family, length):
-    model, reference = tuned(root, family, "prompt_tuning", num_virtual_tokens=4), tiny.reference(family)
+    model, reference = tuned(tiny.folder(root, family), "prompt_tuning", num_virtual_tokens=4), tiny.reference(family)
     prompt = model.net.techniques["prompt_tuning"].embedding.detach()[:length].expand(2, -1, -1)
     words = reference.get_input_embeddings()(IDS)
     at = 1 if family == "bert" else 0  # [CLS] stays first
@@ -50,11 +53,16 @@ def test_a_soft_prompt_is_embeddings_before_the_text(root, family, length):
 
 @pytest.mark.parametrize("family", tiny.DECODERS)
 @pytest.mark.parametrize("length", [4, 2])
-def test_a_prefix_is_keys_and_values_before_the_text(root, family, length):
-    """The reparametrisation's rows hold, layer by layer, the keys and then the values (section 4.3)."""
-    options = {"num_virtual_tokens": 4, "encoder_hidden_size": 16}
-    model, reference = tuned(root, family, "prefix_tuning", **options), tiny.reference(family)
+def test_a_prefix_is_keys_and_values_before_the_text(tmp_path, family, length):
+    """The reparametrisation's rows hold, layer by layer, the keys and then the values (section 4.3).
+
+    Sliding windows are wide here: transformers counts a prefix into them.
+    """
+    wide = {"sliding_window": 16} if tiny.CONFIGS[family][1].get("sliding_window") else {}
+    reference = tiny.reference(family, **wide)
+    model = tuned(tiny.write(tmp_path, reference), "prefix_tuning", num_virtual_tokens=4, encoder_hidden_size=16)
     spec = model.spec
+    stored = spec.num_heads if family == "falcon" else spec.num_kv_heads  # its cache in transformers is not grouped
     past = transformers.DynamicCache(config=reference.config)
     with torch.no_grad():
         table = model.net.techniques["prefix_tuning"]()[-length:]
@@ -63,10 +71,31 @@ def test_a_prefix_is_keys_and_values_before_the_text(root, family, length):
                 half.view(1, length, spec.num_kv_heads, spec.head_dim).transpose(1, 2).repeat(2, 1, 1, 1)
                 for half in part.chunk(2, dim=1)
             )
-            past.update(keys, values, layer)
+            past.update(*(x.repeat_interleave(stored // spec.num_kv_heads, dim=1) for x in (keys, values)), layer)
         mask = torch.ones(2, length + IDS.shape[1], dtype=torch.long)
         want = reference(input_ids=IDS, past_key_values=past, attention_mask=mask).logits
     torch.testing.assert_close(logits(model, (length, length)), want, **CLOSE)
+
+
+def test_a_sliding_window_always_sees_the_prefix(tmp_path):
+    reference = tiny.reference("mistral", num_hidden_layers=1)
+    model = tuned(tiny.write(tmp_path, reference), "prefix_tuning", num_virtual_tokens=4, encoder_hidden_size=16)
+
+    def last(change: float = 0.0, first: int = 6) -> torch.Tensor:
+        batch = collate([Example([first, *range(7, 17)], [IGNORE] * 11)], 0)
+        prefix = model.net.techniques["prefix_tuning"].embedding.weight
+        with torch.no_grad():
+            prefix += change
+            found = [
+                forward(model, batch)[:, -1],
+                forward(model, batch, KVCache(model.spec, 1, 15, torch.float32))[:, -1],
+            ]
+            prefix -= change
+        torch.testing.assert_close(*found, **CLOSE)
+        return found[0]
+
+    torch.testing.assert_close(last(), last(first=9), **CLOSE)  # the first token is out of the window
+    assert (last() - last(change=0.5)).abs().max() > 0.01
 
 
 def test_prompts_start_as_configured(root):

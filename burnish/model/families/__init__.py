@@ -1,0 +1,83 @@
+"""The model families, each a declaration: how its config.json reads, how its tensors are called and laid out.
+
+`modules` pairs burnish's module paths (in Llama's Hugging Face words) with the family's own; `{i}` is the layer.
+The pairs are used by `store` to read and write checkpoints, and to resolve `target_modules`.
+"""
+
+from __future__ import annotations
+
+from burnish.config import UserError, nearest
+from burnish.model.families.bert import BERT
+from burnish.model.families.declare import Config, Family, rope, rotary_share
+from burnish.model.families.gpt import BLOOM, FALCON, GPT2, GPT_NEOX, MPT, OPT
+from burnish.model.families.llama import GEMMA2, GEMMA3, LLAMA, MISTRAL, QWEN2, QWEN3
+from burnish.model.positions import inverse_frequencies
+from burnish.model.spec import Head, Spec
+
+__all__ = ["FAMILIES", "Family", "read_spec", "tensor_names"]
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, BLOOM, GPT2, OPT, GPT_NEOX, FALCON, MPT, BERT)
+}
+
+
+def read_spec(config: Config, head: Head | None = None, pooler: bool = True) -> Spec:
+    """The Spec of a Hugging Face config. Raises UserError for an unknown architecture or a missing field.
+
+    `head` overrides what `architectures` names; `pooler` tells whether an encoder's checkpoint has one.
+    """
+    name = str(config.get("model_type", ""))
+    family = FAMILIES.get(name)
+    if family is None:
+        hint = nearest(name, FAMILIES)
+        raise UserError(f"config.json: model_type '{name}' is not supported{hint}; supported: {', '.join(FAMILIES)}")
+    reason = family.refuse(config) or _unread_rotary(family, config)
+    if reason:
+        raise UserError(f"config.json: {reason}")
+    values: Config = dict(family.constants)
+    for target, source in family.fields.items():
+        keys = (source,) if isinstance(source, str) else source
+        try:
+            values[target] = source(config) if callable(source) else next(config[key] for key in keys if key in config)
+        except (KeyError, StopIteration) as error:
+            raise UserError(
+                f"config.json: a {name} config needs '{error.args[0] if error.args else keys[0]}'"
+            ) from None
+    heads = {architecture.lower(): key for key, architecture in family.architectures.items()}  # mpt-7b says MPTFor...
+    declared = (config.get("architectures") or [next(iter(family.architectures.values()))])[0]
+    if head is None and declared.lower() not in heads:
+        known = family.architectures.values()
+        raise UserError(f"config.json: architecture '{declared}' is not supported; supported: {', '.join(known)}")
+    values["head"] = head or heads[declared.lower()]
+    if values["head"] == "classification":
+        values["num_labels"] = len(config.get("id2label") or {}) or config.get("num_labels", 2)
+    values["pooler"] = pooler and name == "bert" and values["head"] in ("classification", "none")
+    spec = Spec(family=name, **values)
+    if spec.positions == "rotary":
+        inverse_frequencies(spec)  # refuses a scaling that is not known
+    return spec
+
+
+def _unread_rotary(family: Family, config: Config) -> str | None:
+    """Rotary parameters that transformers may write and this family does not read."""
+    if "rope_theta" not in family.fields:
+        return None
+    if "rotary_share" not in family.fields and rotary_share(1.0)(config) != 1:
+        return f"partial_rotary_factor: {rotary_share(1.0)(config)} is not supported"
+    local = rope(config, "sliding_attention")
+    if "rope_local_theta" not in family.fields and local != rope(config):
+        return "rope_parameters: parameters of their own for sliding_attention are not supported"
+    return None
+
+
+def tensor_names(spec: Spec) -> dict[str, str]:
+    """Module path in burnish -> module path in the family's checkpoint, layers expanded."""
+    names: dict[str, str] = {}
+    family = FAMILIES[spec.family]
+    for native, foreign in family.modules + (family.two_norms if spec.parallel_norms == 2 else ()):
+        if "{i}" in native:
+            names |= {native.format(i=i): foreign.format(i=i) for i in range(spec.num_layers)}
+        else:
+            names[native] = foreign
+    return names
