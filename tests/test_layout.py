@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tokenize
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -32,7 +33,7 @@ LAYERS = (  # a module may import its own layer and those below
     ("__init__",),
 )
 COMPOSITIONS = {"burnish.tune.qlora"}  # techniques declared as made of others
-MOST_LINES, MOST_PACKAGE_LINES = 400, 10_000  # the world, data in the form of code, is not counted
+MOST_LINES, MOST_CODE_LINES = 400, 10_000  # the world, data in the form of code, is not counted
 
 
 def module_name(path: Path) -> str:
@@ -132,8 +133,22 @@ def lines(path: Path) -> int:
     return len(path.read_text().splitlines())
 
 
+def code_lines(path: Path) -> int:
+    """Lines with code on them: blank ones, comments and docstrings cost a reader nothing."""
+    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    found, fresh = set(), True
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type in (tokenize.ENCODING, *skipped):
+                fresh = fresh or token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+            elif not (fresh and token.type == tokenize.STRING):
+                found |= set(range(token.start[0], token.end[0] + 1))
+                fresh = False
+    return len(found)
+
+
 def test_files_and_the_package_stay_small() -> None:
     files = [*MODULES.values(), *(ROOT / "tests").rglob("*.py")]
     assert not {str(path): lines(path) for path in files if lines(path) > MOST_LINES}
     counted = [path for name, path in MODULES.items() if not name.startswith("burnish.world")]
-    assert sum(map(lines, counted)) < MOST_PACKAGE_LINES
+    assert sum(map(code_lines, counted)) < MOST_CODE_LINES

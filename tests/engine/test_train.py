@@ -129,10 +129,15 @@ def test_training_learns_and_leaves_frozen_parameters(techniques):
 
 
 @pytest.mark.parametrize(
-    ("settings", "dtype", "tolerance"),
-    [({"gradient_checkpointing": True}, torch.float32, 1e-6), ({"bf16": True}, torch.bfloat16, 0.05)],
+    ("settings", "multiplies_bfloat16", "dtype", "tolerance"),
+    [
+        ({"gradient_checkpointing": True}, True, torch.float32, 1e-6),
+        ({"bf16": True}, True, torch.bfloat16, 0.05),
+        ({"bf16": True}, False, torch.float32, 1e-6),
+    ],
 )
-def test_cheaper_modes_change_little_and_are_undone(settings, dtype, tolerance):
+def test_cheaper_modes_change_little_and_are_undone(settings, multiplies_bfloat16, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(train_module.device, "multiplies_bfloat16", lambda: multiplies_bfloat16)
     _, expected = parameters_after(tiny_config(), dtype=torch.float32)
     model, seen = tiny_model(), []
     result = train(model, tiny_examples(), tiny_config(**settings), progress=lambda *_: seen.append(model.net.dtype))
