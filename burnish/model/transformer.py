@@ -31,6 +31,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def table(rows: int, width: int) -> nn.Embedding:
+    """An embedding without a start: torch's own would, on the meta device, import its compiler (a second)."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
 class MLP(nn.Module):
     """Feed-forward: down(act(up(x))), or down(act(gate(x)) * up(x)) where gated."""
 
@@ -115,11 +120,11 @@ class Transformer(nn.Module):
         self.spec = spec
         self.compute_dtype: torch.dtype | None = None
         self.gradient_checkpointing = False
-        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.embed_tokens = table(spec.vocab_size, spec.hidden_size)
         if spec.positions == "learned":
-            self.embed_positions = nn.Embedding(spec.max_positions + spec.position_offset, spec.hidden_size)
+            self.embed_positions = table(spec.max_positions + spec.position_offset, spec.hidden_size)
         if spec.token_types:
-            self.embed_token_types = nn.Embedding(spec.token_types, spec.hidden_size)
+            self.embed_token_types = table(spec.token_types, spec.hidden_size)
         self.embed_norm = norm(spec, spec.hidden_size) if spec.embed_norm else None
         self.layers = nn.ModuleList(Layer(spec, index) for index in range(spec.num_layers))
         self.norm = None if spec.post_norm else norm(spec, spec.hidden_size)
