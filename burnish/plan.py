@@ -16,9 +16,8 @@ import torch
 
 from burnish import chain, device
 from burnish.config import UserError
-from burnish.model.bundle import Model
+from burnish.model.bundle import Model, build
 from burnish.model.families import read_spec
-from burnish.model.transformer import Transformer
 from burnish.store.checkpoint import read_json
 from burnish.store.hub import resolve
 from burnish.store.tensors import read_folder
@@ -77,7 +76,7 @@ def plan(
     spec = read_spec(hf_config)
     itemsize = max((entry.dtype.itemsize for entry in read_folder(folder).values()), default=2)
     with torch.device("meta"):
-        net = Transformer(spec).to(torch.bfloat16 if itemsize == 2 else torch.float32)
+        net = build(spec, hf_config).to(torch.bfloat16 if itemsize == 2 else torch.float32)
     model = chain.apply(Model(net, load_tokenizer(folder), hf_config), list(techniques))
     trainable = sum(p.numel() for p in model.trainable().values())
     stored = sum(p.numel() * p.element_size() for p in model.net.parameters())

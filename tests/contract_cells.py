@@ -9,10 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tiny_foreign import CONTRACT as FOREIGN
+from tiny_foreign import ENCODERS as FOREIGN_ENCODERS
+
 from burnish.chain import TECHNIQUES
 from burnish.model.families import FAMILIES
 from burnish.model.linear import Dense, Weight
-from burnish.model.transformer import Transformer
+from burnish.model.network import Network
 
 WORKS, REFUSED, NOT_APPLICABLE = "works", "refused", "not applicable"
 
@@ -38,7 +41,7 @@ class Row:
     """
 
     start: Literal["base", "hidden", "weights", "soft"]
-    trains: Callable[[Transformer], set[str]]
+    trains: Callable[[Network], set[str]]
     options: Mapping[str, Any] = field(default_factory=dict)
     trained_with: str = ""
 
@@ -67,29 +70,49 @@ PROJECTIONS = {
     **dict.fromkeys(("opt", "bert"), SEPARATE + PLAIN),
 }
 
+GATED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+GATED += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+BERT = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+BERT += ("intermediate.dense", "output.dense")
+FOREIGN_PROJECTIONS = {  # transformers' own paths: of a layer, and in it
+    "stablelm": ("model.layers", GATED),
+    "cohere": ("model.layers", GATED),
+    "gptj": (
+        "transformer.h",
+        ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out"),
+    ),
+    "mamba": ("backbone.layers", ("mixer.in_proj",)),
+    "roberta": ("roberta.encoder.layer", BERT),
+    "electra": ("electra.encoder.layer", BERT),
+}
 
-def nothing(net: Transformer) -> set[str]:
+
+def nothing(net: Network) -> set[str]:
     return set()
 
 
-def everything(net: Transformer) -> set[str]:
+def everything(net: Network) -> set[str]:
     """All parameters but quantised storage."""
     stored = [f"{path}." for path, m in net.named_modules() if isinstance(m, Weight) and not isinstance(m, Dense)]
     return {name for name, _ in net.named_parameters() if not name.startswith(tuple(stored))}
 
 
-def low_rank(net: Transformer) -> set[str]:
+def low_rank(net: Network) -> set[str]:
     spec = net.spec
-    paths = [f"layers.{i}.{name}" for i in range(spec.num_layers) for name in PROJECTIONS[spec.family]]
+    layers, names = FOREIGN_PROJECTIONS.get(spec.family) or ("layers", PROJECTIONS[spec.family])
+    paths = [f"{layers}.{i}.{name}" for i in range(spec.num_layers) for name in names]
     return {f"{path}.lora_{letter}" for path in paths for letter in "AB"}
 
 
-def new_head(net: Transformer) -> set[str]:
+def new_head(net: Network) -> set[str]:
+    if net.spec.family in FOREIGN:
+        body = FOREIGN_PROJECTIONS[net.spec.family][0].split(".")[0]
+        return {name for name, _ in net.named_parameters() if name.split(".")[0] != body}
     head = {"score.weight.dense"}
     return head if net.spec.causal else head | {"score.bias", "pooler.weight.dense", "pooler.bias"}
 
 
-def prompt_encoder(net: Transformer) -> set[str]:
+def prompt_encoder(net: Network) -> set[str]:
     lstm = {
         f"lstm.{kind}_l{layer}{way}"
         for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -100,7 +123,7 @@ def prompt_encoder(net: Transformer) -> set[str]:
     return {f"techniques.p_tuning.{name}" for name in {"embedding.weight"} | lstm | mlp}
 
 
-def prefix_encoder(net: Transformer) -> set[str]:
+def prefix_encoder(net: Network) -> set[str]:
     mlp = {f"mlp.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")}
     return {f"techniques.prefix_tuning.{name}" for name in {"embedding.weight"} | mlp}
 
@@ -117,13 +140,15 @@ ROWS = {
     "magnitude": Row("weights", nothing, trained_with="full"),
 }
 
-ENCODERS = {name for name, family in FAMILIES.items() if family.constants["kind"] == "encoder"}
+ENCODERS = {name for name, family in FAMILIES.items() if family.constants["kind"] == "encoder"} | {*FOREIGN_ENCODERS}
 
 LIMITS = (
-    Limit(REFUSED, "encoder keeps no key-value cache to put a prefix into", {"prefix_tuning"}, ENCODERS),
+    Limit(REFUSED, "keeps no key-value cache to put a prefix into", {"prefix_tuning"}, ENCODERS | {"mamba"}),
+    Limit(REFUSED, "transformers has no classifier of this kind", {"transfer"}, {"cohere", "mamba"}),
     Limit(REFUSED, "a chain applies each once", {"nf4"}, cells={"after NF4"}),
     Limit(REFUSED, "prune before quantising", {"magnitude"}, cells={"after NF4"}),
     Limit(REFUSED, "classified examples cannot be packed, as a row has one class", {"transfer"}, cells={"packed"}),
+    Limit(REFUSED, "does not keep packed documents apart", families={"mamba"}, cells={"packed"}),
     Limit(NOT_APPLICABLE, "an encoder does not generate", families=ENCODERS, cells={"cached generation"}),
     Limit(NOT_APPLICABLE, "a classifier does not generate", {"transfer"}, cells={"cached generation"}),
 )
@@ -135,14 +160,31 @@ def outcome(technique: str, family: str, cell: str) -> tuple[str, str]:
     return next(((limit.status, limit.reason) for limit in found), (WORKS, ""))
 
 
+THROUGH = (
+    "Any other decoder or encoder that transformers loads runs by transformers' own code with burnish's projections in "
+    "it; module paths are transformers' own. The models below stand for it, and the same tests run on them. What "
+    "differs from a native family:",
+    "",
+    "- encoder-decoders, code that a checkpoint brings, and models whose body takes no embeddings are refused;",
+    "- a projection whose weight its layer reads directly (all of Mamba's but `in_proj`) stays as it is, and so do "
+    "experts that transformers keeps as one tensor (Mixtral); checkpoints that store them in another layout are read "
+    "and written through transformers;",
+    "- models for which transformers keeps no cache (OpenAI GPT) train and are measured, and do not generate;",
+    "- documents are packed where a trial of eight tokens shows that the model keeps them apart, and never with "
+    "sliding windows or recurrent states;",
+    "- a prefix does not train with `gradient_checkpointing`; `transfer` needs a classifier of that kind in "
+    "transformers.",
+)
+
+
 def page() -> str:
     """docs/capabilities.md."""
     lines = [
         "# What works where",
         "",
-        "Every technique on every model family. `tests/test_contract.py` runs each cell of these tables on a small "
-        "random model of the family; the page is written from the same table by "
-        "`python tests/contract_cells.py > docs/capabilities.md`.",
+        "Every technique on every native model family, and on models that run through transformers. "
+        "`tests/test_contract.py` runs each cell of these tables on a small random model of the family; the page is "
+        "written from the same table by `python tests/contract_cells.py > docs/capabilities.md`.",
         "",
         *(f"- **{cell}**: {meaning}." for cell, meaning in CELLS.items()),
         "",
@@ -150,7 +192,9 @@ def page() -> str:
         "numbers lead to the reasons below.",
     ]
     reasons: list[str] = []
-    for family in FAMILIES:
+    for family in (*FAMILIES, *FOREIGN):
+        if family == FOREIGN[0]:
+            lines += ["", "# Through transformers", "", *THROUGH]
         lines += ["", f"## {family}", "", f"| technique | {' | '.join(CELLS)} |", "|---" * (len(CELLS) + 1) + "|"]
         for technique in TECHNIQUES:
             cells = []

@@ -10,8 +10,9 @@ from pathlib import Path
 import contract_cells
 import pytest
 import tiny
+import tiny_foreign
 import torch
-from contract_cells import CELLS, NOT_APPLICABLE, REFUSED, ROWS, outcome
+from contract_cells import CELLS, FOREIGN, NOT_APPLICABLE, REFUSED, ROWS, outcome
 from torch import Tensor
 
 import burnish
@@ -22,7 +23,6 @@ from burnish.engine.loss import loss_sum
 from burnish.engine.order import encode, pad_id
 from burnish.engine.settings import TrainConfig
 from burnish.engine.train import train
-from burnish.model.cache import KVCache
 from burnish.model.example import IGNORE, Example
 from burnish.model.families import FAMILIES
 from burnish.model.surgery import linears
@@ -238,7 +238,7 @@ def check_cached_generation(case: Case) -> None:
     mask, width = batch["attention_mask"], batch["input_ids"].shape[1]
     with torch.no_grad():
         whole = model.net.logits(forward(model, batch))
-        cache = KVCache(model.spec, len(mask), width + 4, torch.float32)
+        cache = model.net.new_cache(len(mask), width + 4)
         starts = [0, *range(width - COMPLETION, width + 1)]  # the prompts, then one token at a time
         pieces = [
             model.net.logits(forward(model, {name: t[:, start:end] for name, t in batch.items()}, cache))
@@ -289,13 +289,14 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *FOREIGN])
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_contract(technique: str, family: str, cell: str, root: Path, tmp_path: Path) -> None:
     status, reason = outcome(technique, family, cell)
     if status == NOT_APPLICABLE:
         pytest.skip(reason)
-    case = Case(technique, family, tiny.folder(root, family), tmp_path)
+    folder = tiny_foreign.folder if family in FOREIGN else tiny.folder
+    case = Case(technique, family, folder(root, family), tmp_path)
     if status == REFUSED:
         with pytest.raises(UserError, match=re.escape(reason)):
             CHECKS[cell](case)
@@ -305,6 +306,7 @@ def test_contract(technique: str, family: str, cell: str, root: Path, tmp_path: 
 
 def test_every_technique_has_a_row() -> None:
     assert set(ROWS) == set(TECHNIQUES), "give a new technique its row in tests/contract_cells.py"
+    assert set(contract_cells.FOREIGN_PROJECTIONS) == set(FOREIGN)
     assert set(contract_cells.PROJECTIONS) == set(FAMILIES), "give a new family its projections there"
 
 

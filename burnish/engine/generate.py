@@ -21,7 +21,6 @@ from burnish.chain import Model
 from burnish.config import UserError
 from burnish.engine import sampling
 from burnish.engine.order import encode, pad_id
-from burnish.model.cache import KVCache
 from burnish.model.example import IGNORE, Example
 from burnish.store.batch import collate
 from burnish.store.data import encode_prompt
@@ -305,7 +304,7 @@ def _advance(
     net = model.net
     batch, prefix = _batch(model, rows)
     capacity = prefix + batch["input_ids"].shape[1] + config.max_new_tokens - 1  # the last token is not fed
-    cache = KVCache(model.spec, len(rows), capacity, net.dtype, model.device)
+    cache = net.new_cache(len(rows), capacity)
     seen = None
     if config.repetition_penalty != 1:
         seen = torch.zeros(len(rows), model.spec.vocab_size, dtype=torch.bool, device=model.device)

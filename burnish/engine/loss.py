@@ -15,6 +15,7 @@ from burnish.engine.order import pad_id
 from burnish.kernels.cross_entropy import linear_cross_entropy
 from burnish.model.example import IGNORE, Example
 from burnish.model.linear import Linear
+from burnish.model.network import Network
 from burnish.model.transformer import Transformer
 from burnish.store.batch import collate
 
@@ -40,9 +41,8 @@ def loss_sum(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     return _head_loss(net, hidden[kept], labels[kept])
 
 
-def _head_loss(net: Transformer, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    head = net.lm_head
-    if type(head) is Linear:
+def _head_loss(net: Network, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    if isinstance(net, Transformer) and type(head := net.lm_head) is Linear:
         if net.head_transform is not None:
             hidden = net.head_transform(hidden)
         return linear_cross_entropy(hidden, head.weight.dequantize(), head.bias, labels)

@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from burnish.model.attention import Attention, Frame
+from burnish.model.network import Network
 from burnish.model.norm import Norm
 from burnish.model.positions import rotate
-from burnish.model.transformer import ACTIVATIONS, MLP, Transformer
+from burnish.model.transformer import ACTIVATIONS, MLP
 from burnish.native import build
 
 FOLDER = Path(__file__).parent
@@ -82,7 +83,7 @@ def _ready() -> ctypes.CDLL:
 
 
 @contextmanager
-def fused(net: Transformer) -> Iterator[None]:
+def fused(net: Network) -> Iterator[None]:
     """Run the network's attention, RMSNorm and gated SiLU by the kernels inside the block, wherever they can."""
     swaps: dict[type, type] = {Attention: _Attention, Norm: _Norm, MLP: _MLP} if library() else {}
     if net.spec.attention_scale or net.spec.attention_softcap:

@@ -9,9 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from burnish.model.families import FAMILIES
 from burnish.model.linear import Weight
+from burnish.model.network import Network
 from burnish.model.spec import Spec
 from burnish.model.transformer import Transformer
+
+
+def build(spec: Spec, hf_config: dict[str, Any]) -> Network:
+    """The network of a spec that `read_spec` gave: the native one, or transformers' own."""
+    if spec.family in FAMILIES:
+        return Transformer(spec)
+    from burnish.model.fallback import Foreign
+
+    return Foreign(spec, hf_config)
 
 
 @dataclass
@@ -39,7 +50,7 @@ class Model:
     `identity` is the SHA-256 of the base checkpoint's weights, "" for a model that was never on disk.
     """
 
-    net: Transformer
+    net: Network
     tokenizer: Any
     hf_config: dict[str, Any]
     path: str = ""

@@ -44,6 +44,20 @@ def rounded_product(
     return out
 
 
+def is_flat(x: Tensor) -> bool:
+    """Whether x is (tokens, in) and computed as it is, as always in the native network."""
+    return x.dim() == 2 and not torch.is_autocast_enabled(x.device.type)
+
+
+def by_tokens(projection: nn.Module, x: Tensor) -> Tensor:
+    """A projection of (tokens, in) applied to x (..., in), under autocast in its dtype."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    with torch.autocast(kind, enabled=False):
+        return projection(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+
 class Weight(nn.Module):
     """Storage of a matrix of shape (out_features, in_features)."""
 
@@ -126,7 +140,12 @@ class Dense(Weight):
 
 
 class Linear(nn.Module):
-    """y = x W^T + b with x of shape (tokens, in_features); parameters are cast to x's dtype."""
+    """y = x W^T + b with x (tokens, in_features); parameters are cast to x's dtype.
+
+    In a `foreign` network x may be (..., in_features), and under autocast.
+    """
+
+    foreign = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, weight: Weight | None = None):
         super().__init__()
@@ -136,6 +155,8 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.foreign and not is_flat(x):
+            return by_tokens(self, x)
         return self.weight.matmul(x, self.bias)
 
     def extra_repr(self) -> str:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from burnish.model.example import IGNORE, Example
-from burnish.model.transformer import Transformer
+from burnish.model.network import Network
 
 
-def first_slot(net: Transformer) -> int:
+def first_slot(net: Network) -> int:
     """The first slot number that no technique of the network uses yet."""
     return sum(getattr(module, "num_slots", 0) for module in net.techniques.values())
 

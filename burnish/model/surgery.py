@@ -8,31 +8,28 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import nn
 
 from burnish.config import UserError, nearest
-from burnish.model.families import FAMILIES
 from burnish.model.linear import Linear
-from burnish.model.transformer import Transformer
+from burnish.model.network import Network
 
 
-def linears(net: Transformer) -> Iterator[tuple[str, Linear]]:
+def linears(net: Network) -> Iterator[tuple[str, Linear]]:
     """The projections of the layers (not the head) as (path, Linear), wrapped ones included."""
     for path, module in net.named_modules():
-        if isinstance(module, Linear) and path.startswith("layers."):
+        if isinstance(module, Linear) and path.startswith(net.body):
             yield path, module
 
 
-def select(net: Transformer, targets: Sequence[str] | str) -> list[tuple[str, Linear]]:
+def select(net: Network, targets: Sequence[str] | str) -> list[tuple[str, Linear]]:
     """The Linears that `targets` name: "all-linear", module names, in burnish's or the family's own Hugging Face
     words, path suffixes, or one regular expression over whole paths. Raises UserError when a target matches nothing.
     """
     found = [(path.removesuffix(".base"), module) for path, module in linears(net)]
     if targets == "all-linear":
         return found
-    aliases = {native: hf for native, hf in FAMILIES[net.spec.family].modules if native.startswith("layers.")}
+    aliases = net.layout.modules
 
     def names(path: str) -> set[str]:
-        general = re.sub(r"\.\d+\.", ".{i}.", path, count=1)
-        index = path.split(".")[1]
-        return {path, aliases.get(general, path).replace("{i}", index)}
+        return {path, aliases.get(path, path)}
 
     if isinstance(targets, str):
         chosen = [pair for pair in found if any(re.fullmatch(targets, name) for name in names(pair[0]))]

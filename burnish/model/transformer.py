@@ -18,7 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from burnish.model.attention import Attention, Frame, narrow, visibility
 from burnish.model.cache import KVCache, Prefix
+from burnish.model.families import layout
 from burnish.model.linear import Linear
+from burnish.model.network import Layout, Network
 from burnish.model.norm import norm
 from burnish.model.positions import inverse_frequencies, rotary_angles
 from burnish.model.spec import Spec
@@ -112,8 +114,10 @@ class CappedLinear(Linear):
         return self.cap * torch.tanh(super().forward(x) / self.cap)
 
 
-class Transformer(nn.Module):
-    """The network. `forward` gives hidden states after the final norm; `logits` applies the head."""
+class Transformer(Network):
+    """The native network. `forward` gives hidden states after the final norm; `logits` applies the head."""
+
+    body = "layers."
 
     def __init__(self, spec: Spec):
         super().__init__()
@@ -132,9 +136,9 @@ class Transformer(nn.Module):
         self.set_head(spec)
 
     def set_head(self, spec: Spec) -> None:
-        """Give the network the head that `spec` names; the body stays."""
         self.spec = spec
-        self.pooler = Linear(spec.hidden_size, spec.hidden_size, True) if spec.pooler else None
+        pooler = getattr(self, "pooler", None)
+        self.pooler = (pooler or Linear(spec.hidden_size, spec.hidden_size, True)) if spec.pooler else None
         self.head_transform = HeadTransform(spec) if spec.head == "masked_lm" else None
         self.lm_head = None
         self.score = None
@@ -146,9 +150,19 @@ class Transformer(nn.Module):
             self.score = Linear(spec.hidden_size, spec.num_labels, not spec.causal)
 
     def tie(self) -> None:
-        """Share the embedding with the language-model head where the spec says so."""
         if self.lm_head is not None and self.spec.tied:
             self.lm_head.weight.dense = self.embed_tokens.weight  # type: ignore[union-attr]
+
+    @property
+    def layout(self) -> Layout:
+        return layout(self.spec, {name for name, part in self._modules.items() if part is not None})
+
+    def head_modules(self) -> list[nn.Module]:
+        parts = (self.head_transform, self.lm_head, self.score, self.pooler)
+        return [part for part in parts if part is not None]
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        return KVCache(self.spec, rows, capacity, self.dtype, self.embed_tokens.weight.device)
 
     @torch.no_grad()
     def initialize(self, std: float = 0.02) -> Transformer:
@@ -158,11 +172,6 @@ class Transformer(nn.Module):
                 scaled = name.endswith(("o_proj.weight.dense", "down_proj.weight.dense"))
                 parameter.normal_(0, std / (2 * self.spec.num_layers) ** 0.5 if scaled else std)
         return self
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the activations."""
-        return self.compute_dtype or self.embed_tokens.weight.dtype
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """input_ids (B, T) -> token embeddings (B, T, hidden), without positions."""
@@ -230,31 +239,7 @@ class Transformer(nn.Module):
             rotary = rotary_angles(positions, inverse_frequencies(self.spec, positions.device, local=True), dtype)
         return replace(frame, mask=mask, causal=causal, rotary=rotary)
 
-    def positions(
-        self,
-        batch: int,
-        length: int,
-        valid: Tensor | None,
-        position_ids: Tensor | None,
-        cache: KVCache | None,
-        prefix: Prefix | None,
-        device: torch.device,
-    ) -> Tensor:
-        """(B, T) positions of the new tokens; what the prefix or the cache holds comes before them."""
-        if position_ids is not None:
-            positions = position_ids.expand(batch, length)
-        elif valid is not None:
-            positions = (valid.long().cumsum(1) - 1).clamp(min=0)
-        else:
-            positions = torch.arange(length, device=device).expand(batch, length)
-        if cache is not None and cache.length and position_ids is None:
-            positions = positions + cache.next_positions()[:, None]
-        if prefix is not None:
-            positions = positions + (prefix.size if prefix.lengths is None else prefix.lengths)
-        return positions
-
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (..., hidden) -> (..., vocab) for language models, (..., labels) for classifiers."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         if self.head_transform is not None:
             flat = self.head_transform(flat)
@@ -264,10 +249,3 @@ class Transformer(nn.Module):
         if self.score is not None and self.pooler is not None:
             flat = torch.tanh(self.pooler(flat))
         return head(flat).view(*hidden.shape[:-1], -1)
-
-    def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T, hidden) -> (B, hidden): the first token of an encoder, the last real token of a decoder."""
-        steps = torch.arange(hidden.shape[1], device=hidden.device)
-        real = attention_mask.long()
-        chosen = (real * steps if self.spec.causal else real).argmax(dim=1)
-        return hidden[torch.arange(len(hidden), device=hidden.device), chosen]

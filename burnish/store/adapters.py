@@ -11,7 +11,7 @@ from torch import Tensor
 
 from burnish.config import UserError
 from burnish.model.bundle import Model
-from burnish.model.families import FAMILIES, tensor_names
+from burnish.model.network import Layout
 from burnish.store.tensors import Entry, read_folder, write_json, write_tensors
 
 ROOT = "base_model.model."
@@ -36,11 +36,12 @@ UNSUPPORTED: dict[str, Any] = {
 
 def write(model: Model, tensors: dict[str, Tensor], folder: Path) -> None:
     """Write a chain of LoRA alone; `tensors` are its parameters by burnish's names."""
-    family, names = FAMILIES[model.spec.family], tensor_names(model.spec)
+    layout = model.net.layout
     config = model.chain[0].config
 
     def foreign(path: str) -> str:
-        return names[path].removeprefix(family.prefix) if model.spec.head == "none" else names[path]
+        name = layout.modules[path]
+        return name.removeprefix(layout.prefix) if model.spec.head == "none" else name
 
     renamed = {}
     for name, tensor in tensors.items():
@@ -56,7 +57,7 @@ def write(model: Model, tensors: dict[str, Tensor], folder: Path) -> None:
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
         "bias": "none",
-        "fan_in_fan_out": bool(family.transposed),
+        "fan_in_fan_out": bool(layout.transposed),
         "inference_mode": True,
         "target_modules": [foreign(path) for path in config.target_modules],
     }
@@ -92,15 +93,10 @@ def read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Entry], str]:
     return chain, tensors, config.get("base_model_name_or_path") or ""
 
 
-def rename(
-    model_names: dict[str, str], prefix: str, chain: list[dict[str, Any]], tensors: dict[str, Entry]
-) -> dict[str, Entry]:
-    """Put burnish's module paths into a chain (in place) and tensors that `read` gave.
-
-    `model_names` are burnish's module paths with the family's.
-    """
-    native = {foreign: path for path, foreign in model_names.items()}
-    native |= {foreign.removeprefix(prefix): path for foreign, path in native.items()}
+def rename(layout: Layout, chain: list[dict[str, Any]], tensors: dict[str, Entry]) -> dict[str, Entry]:
+    """Put burnish's module paths into a chain (in place) and tensors that `read` gave."""
+    native = {foreign: path for path, foreign in layout.modules.items()}
+    native |= {foreign.removeprefix(layout.prefix): path for foreign, path in native.items()}
 
     def path(foreign: str) -> str:
         if foreign not in native:

@@ -10,6 +10,7 @@ of LoRA alone in PEFT's format.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,19 @@ from torch import nn
 
 from burnish import chain as chains
 from burnish.config import UserError
-from burnish.model.bundle import Model
-from burnish.model.families import FAMILIES, Family, read_spec, tensor_names
+from burnish.model.bundle import Model, build
+from burnish.model.families import read_spec
 from burnish.model.linear import Dense, Weight
+from burnish.model.network import Layout, Network
 from burnish.model.spec import Head
-from burnish.model.transformer import Transformer
 from burnish.store import adapters
 from burnish.store.hub import resolve
 from burnish.store.identity import identity
-from burnish.store.tensors import Entry, read_folder, write_json, write_tensors
+from burnish.store.tensors import Entry, Held, read_folder, write_json, write_tensors
 from burnish.store.tokenizer import load_tokenizer, save_tokenizer
+
+Stored = dict[str, Entry | Held]
+Plan = dict[str, tuple[Entry | Held, bool, torch.dtype]]  # parameter -> its tensor, whether transposed, its dtype
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -74,15 +78,17 @@ def load(
     hf_config = read_json(base / "config.json")
     spec = read_spec(hf_config, head)
     quantised = base == folder and not (folder / "model.safetensors").exists() and bool(extras)
-    entries = {} if quantised else canonical(read_folder(base), hf_config)
+    entries = {} if quantised else read_folder(base)
     if not any("pooler" in name for name in (*entries, *extras)):
         spec = replace(spec, pooler=False)
-    if (folder / "adapter_config.json").exists():
-        extras = adapters.rename(tensor_names(spec), family_of(hf_config).prefix, chain, extras)
     with torch.device("meta"):
-        model = Model(Transformer(spec), None, hf_config, path=origin(source))
+        model = Model(build(spec, hf_config), None, hf_config, path=origin(source))
+        if (folder / "adapter_config.json").exists():
+            extras = adapters.rename(model.net.layout, chain, extras)
         chains.rebuild(model, chain)
-    fill(model, entries, extras, folder, dtype, device)
+    held = None if quantised else model.net.read_converted(base)
+    stored: Stored = dict(entries) if held is None else {name: Held(tensor) for name, tensor in held.items()}
+    fill(model, canonical(stored, model.net.layout), extras, folder, dtype, device)
     model.tokenizer = load_tokenizer(folder if has_tokenizer(folder) else base)
     check_vocabulary(model, folder)
     if (base / "generation_config.json").exists():
@@ -107,7 +113,7 @@ def based_on(folder: Path, saved: dict[str, Any]) -> str:
 
 def check_vocabulary(model: Model, folder: Path) -> None:
     """Raise UserError where the tokenizer gives ids that the embedding has no row for."""
-    rows, spare = model.spec.vocab_size, family_of(model.hf_config).spare_tokens
+    rows, spare = model.spec.vocab_size, model.net.layout.spare_tokens
     if len(model.tokenizer) - len(spare) <= rows:
         return
     beyond = [word for word, token in model.tokenizer.get_vocab().items() if token >= rows and word not in spare]
@@ -122,12 +128,15 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"))
 
 
-def canonical(entries: dict[str, Entry], hf_config: dict[str, Any]) -> dict[str, Entry]:
-    """The entries under their family's full names: base-only checkpoints leave the outer prefix away."""
-    family = family_of(hf_config)
-    for old, new in family.aliases:
+def canonical(entries: Stored, layout: Layout) -> Stored:
+    """The entries under their family's full names: base-only checkpoints leave the outer prefix away, some begin names
+    otherwise, and some name a shared tensor by its copy."""
+    for old, new in layout.aliases:
         entries = {new + key.removeprefix(old) if key.startswith(old) else key: entry for key, entry in entries.items()}
-    prefix = family.prefix
+    for copy, name in layout.copies.items():
+        if copy in entries and name not in entries:
+            entries = {**entries, name: entries[copy]}
+    prefix = layout.prefix
     if not prefix or any(key.startswith(prefix) for key in entries):
         return entries
     heads = ("lm_head.", "embed_out.", "score.", "classifier.", "cls.")
@@ -139,71 +148,48 @@ def stored_names(model: Model) -> dict[str, tuple[str, str | None]]:
 
     Stored names leave away a wrapper's `.base` and a dense weight's `.dense`.
     """
-    modules, tensors = tensor_names(model.spec), family_of(model.hf_config).tensors
+    tensors = model.net.layout.tensors
     names: dict[str, tuple[str, str | None]] = {}
-    for name, _ in model.net.named_parameters():
+    for name in model.net.stored_tensors():
         native = name.replace(".base.", ".").removesuffix(".dense")
-        module, _, leaf = native.rpartition(".")
-        foreign = tensors.get(native)
-        if foreign is None and module in modules and leaf in ("weight", "bias"):
-            foreign = f"{modules[module]}.{leaf}"
-        names[name] = (native, foreign)
+        names[name] = (native, tensors.get(native))
     return names
-
-
-def spare_names(model: Model) -> set[str]:
-    """The family's names of tensors that may be left unread: of a head not in use, or a copy of a shared one."""
-    net, tensors = model.net, family_of(model.hf_config).tensors
-    spare = set()
-    for native, foreign in tensor_names(model.spec).items():
-        absent = getattr(net, native.split(".")[0], None) is None
-        for leaf in ("weight", "bias"):
-            elsewhere = tensors.get(f"{native}.{leaf}")
-            copied = native == "lm_head" and (model.spec.tied if leaf == "weight" else elsewhere is not None)
-            if absent or copied:
-                spare.add(f"{foreign}.{leaf}")
-            if absent and elsewhere:
-                spare.add(elsewhere)
-    return spare
-
-
-def is_transposed(model: Model, native: str) -> bool:
-    """Whether the family stores this matrix as (in, out)."""
-    parts = native.split(".")
-    return parts[-1] == "weight" and len(parts) > 1 and parts[-2] in family_of(model.hf_config).transposed
 
 
 def fill(
     model: Model,
-    entries: dict[str, Entry],
+    entries: Stored,
     extras: dict[str, Entry],
     folder: Path,
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> None:
     """Give every parameter its stored tensor, or raise one UserError that lists all that do not match."""
-    net, family = model.net, family_of(model.hf_config)
-    plan: dict[str, tuple[Entry, bool, torch.dtype]] = {}
+    net, layout = model.net, model.net.layout
+    plan: Plan = {}
     problems: list[str] = []
+    tensors = net.stored_tensors()
     for name, (native, foreign) in stored_names(model).items():
         key = native if native in extras else foreign or native
         entry = extras.get(key) or entries.get(key)
         if entry is None:
             problems.append(f"missing {key}")
             continue
-        transposed = key not in extras and is_transposed(model, native)
-        shape = tuple(net.get_parameter(name).shape)[:: -1 if transposed else 1]
+        transposed = key not in extras and native in layout.transposed
+        shape = tuple(tensors[name].shape)[:: -1 if transposed else 1]
         if entry.shape != shape:
             problems.append(f"{key} has shape {list(entry.shape)} where {list(shape)} is needed")
-        wanted = net.get_parameter(name).dtype
+        wanted = tensors[name].dtype
         if entry.dtype != wanted and not (entry.dtype.is_floating_point and wanted.is_floating_point):
             problems.append(f"{key} has dtype {entry.dtype} where {wanted} is needed")
-        kind = wanted if foreign is None else dtype or entry.dtype  # a technique knows its own tensors' dtype
+        stays = not isinstance(tensors[name], nn.Parameter)
+        kind = (
+            wanted if foreign is None else entry.dtype if stays else dtype or entry.dtype
+        )  # a technique knows its own
         plan[name] = (entry, transposed, kind if entry.dtype.is_floating_point else entry.dtype)
     used = {entry for entry, _, _ in plan.values()}
-    spare = spare_names(model)
     for key, entry in [*entries.items(), *extras.items()]:
-        known = key in spare or any(part in key for part in family.ignored)
+        known = key in layout.spare or any(re.search(pattern, key) for pattern in layout.ignored)
         if entry not in used and not known:
             problems.append(f"unexpected {key}")
     if problems:
@@ -211,7 +197,7 @@ def fill(
     place(net, plan, torch.device(device))
 
 
-def place(net: Transformer, plan: dict[str, tuple[Entry, bool, torch.dtype]], device: torch.device) -> None:
+def place(net: Network, plan: Plan, device: torch.device) -> None:
     """Read every parameter's (entry, whether it is transposed, dtype) into the network.
 
     What cannot be read into place goes through one buffer: freed ones would leave holes as large as the model.
@@ -219,15 +205,19 @@ def place(net: Transformer, plan: dict[str, tuple[Entry, bool, torch.dtype]], de
     indirect = {name for name, (entry, transposed, kind) in plan.items() if transposed or kind != entry.dtype}
     indirect = set(plan) if device.type != "cpu" else indirect
     scratch = torch.empty(max((plan[name][0].nbytes for name in indirect), default=0), dtype=torch.uint8)
+    before = net.stored_tensors()
     for name, (entry, transposed, kind) in plan.items():
         tensor = entry.read(scratch if name in indirect else None)
         if name in indirect:
             tensor = tensor.t() if transposed else tensor
             tensor = tensor.to(device, kind, copy=True, memory_format=torch.contiguous_format)
-        trains = net.get_parameter(name).requires_grad
+        old = before[name]
+        new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
         module, _, leaf = name.rpartition(".")
-        setattr(net.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=trains))
+        setattr(net.get_submodule(module), leaf, new)
     net.tie()
+    for part in net.modules():
+        part._buffers.update({name: x.to(device) for name, x in part._buffers.items() if x is not None})
 
 
 def save(model: Model, folder: str | Path) -> Path:
@@ -237,13 +227,13 @@ def save(model: Model, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    spec = model.spec
+    spec, layout = model.spec, model.net.layout
     complete = not (model.path and model.identity) or any(
         getattr(chains.technique(x.name), "CHANGES_BASE", False) for x in model.chain
     )
     complete = complete or not model.chain
     dense = all(isinstance(m, Dense) for m in model.net.modules() if isinstance(m, Weight))
-    parameters = dict(model.net.named_parameters())
+    parameters = model.net.stored_tensors()
     foreign: dict[str, torch.Tensor] = {}
     extras: dict[str, torch.Tensor] = {}
     for name, (native, other) in stored_names(model).items():
@@ -252,8 +242,8 @@ def save(model: Model, folder: str | Path) -> Path:
             if other is None or complete:
                 extras[native] = tensor
         elif complete:
-            other = other.removeprefix(family_of(model.hf_config).prefix) if spec.head == "none" else other
-            foreign[other] = tensor.t() if is_transposed(model, native) else tensor
+            other = other.removeprefix(layout.prefix) if spec.head == "none" else other
+            foreign[other] = tensor.t() if native in layout.transposed else tensor
     alone = not complete and [link.name for link in model.chain] == ["lora"]
     written = {
         "model.safetensors": bool(foreign),
@@ -267,7 +257,7 @@ def save(model: Model, folder: str | Path) -> Path:
     record: dict[str, Any] = {"format": 1, "complete": complete, "chain": chains.describe(model)}
     record |= {"identity": model.identity, "base": model.path}
     if foreign:
-        write_tensors(foreign, folder / "model.safetensors")
+        write_tensors(model.net.converted(foreign), folder / "model.safetensors")
     if alone:
         adapters.write(model, extras, folder)
     elif extras:
@@ -284,14 +274,7 @@ def save(model: Model, folder: str | Path) -> Path:
 
 def saved_config(model: Model) -> dict[str, Any]:
     """config.json of the model as it is now."""
-    spec = model.spec
     dtype = str(model.net.embed_tokens.weight.dtype).removeprefix("torch.")
-    architecture = family_of(model.hf_config).architectures[spec.head]
-    config = {**model.hf_config, "architectures": [architecture], "dtype": dtype}
+    config = {**model.hf_config, "architectures": [model.net.layout.architecture], "dtype": dtype}
     config.pop("torch_dtype", None)
     return config
-
-
-def family_of(hf_config: dict[str, Any]) -> Family:
-    """The declared family of a config that `read_spec` accepted."""
-    return FAMILIES[hf_config["model_type"]]

@@ -66,6 +66,28 @@ class Entry:
         return tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A tensor that is in memory already, in the role of an `Entry`."""
+
+    tensor: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return 0  # needs no room to be read
+
+    def read(self, scratch: Tensor | None = None) -> Tensor:
+        return self.tensor
+
+
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file by name. Raises UserError for a truncated file or a header that lies."""
 

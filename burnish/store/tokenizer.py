@@ -64,6 +64,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except MemoryError:
+        raise
     except Exception as error:  # the tokenizers library raises bare Exception on a malformed file
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{folder}: the tokenizer cannot be read: {reason}") from error

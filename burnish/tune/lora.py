@@ -20,8 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from burnish.config import UserError
 from burnish.model.bundle import Context, Model
-from burnish.model.families import FAMILIES
-from burnish.model.linear import Dense, Linear
+from burnish.model.linear import Dense, Linear, by_tokens, is_flat
 from burnish.model.surgery import replace as put
 from burnish.model.surgery import select
 
@@ -74,7 +73,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: Linear, config: Config):
         super().__init__()
         device = next(base.weight.parameters()).device
-        self.base = base
+        self.base, self.foreign = base, base.foreign
         self.scaling = config.scaling
         self.dropout = config.lora_dropout
         self.lora_A = nn.Parameter(torch.empty(config.r, base.in_features, device=device, dtype=torch.float32))
@@ -82,6 +81,8 @@ class LoRALinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.foreign and not is_flat(x):
+            return by_tokens(self, x)
         frozen = not any(parameter.requires_grad for parameter in self.base.parameters())
         if frozen and not (self.dropout and self.training) and not torch.compiler.is_compiling():
             return _Corrected.apply(x, self.base, self.lora_A, self.lora_B, self.scaling)
@@ -97,7 +98,7 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     """Wrap the targets; the resolved config lists their paths."""
     if config.r < 1:
         raise UserError(f"technique 'lora': r is {config.r}; it must be at least 1")
-    targets = config.target_modules or list(FAMILIES[model.spec.family].lora_targets)
+    targets = config.target_modules or list(model.net.layout.lora_targets)
     config = replace(config, target_modules=sorted(path for path, _ in select(model.net, targets)))
     rebuild(model, config)
     generator = torch.Generator().manual_seed(context.seed)

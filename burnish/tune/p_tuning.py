@@ -80,8 +80,8 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     for kind, need in (("soft", "[P*3]"), ("field", "{prompt}")):
         if not any(k == kind for k, _ in found):
             raise UserError(f"technique '{NAME}': template '{config.template}' has no {need}; add it where it belongs")
-    if config.encoder == "lstm" and model.spec.hidden_size % 2:
-        raise UserError(f"technique '{NAME}': the LSTM needs an even hidden size; choose encoder: mlp")
+    if config.encoder == "lstm" and model.net.embed_tokens.embedding_dim % 2:
+        raise UserError(f"technique '{NAME}': the LSTM needs embeddings of an even size; choose encoder: mlp")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
         config = replace(config, finalized=False)
@@ -93,7 +93,8 @@ def rebuild(model: Model, config: Config) -> None:
     net = model.net
     count = sum(int(value) for kind, value in parts(config.template) if kind == "soft")
     kind = "embedding" if config.finalized else config.encoder
-    net.techniques[NAME] = PromptEncoder(count, net.spec.hidden_size, kind, soft.first_slot(net)).to(model.device)
+    width = net.embed_tokens.embedding_dim
+    net.techniques[NAME] = PromptEncoder(count, width, kind, soft.first_slot(net)).to(model.device)
 
 
 def encode(model: Model, config: Config, example: Example) -> Example:

@@ -45,9 +45,10 @@ class PrefixEncoder(nn.Module):
 
 def apply(model: Model, config: Config, context: Context) -> Config:
     """Add the prefix. Raises UserError on an encoder, which has no keys and values to start from."""
-    if not model.spec.causal:
+    spec = model.spec
+    if not spec.causal or not spec.num_kv_heads:
         raise UserError(
-            f"technique '{NAME}': a {model.spec.family} encoder keeps no key-value cache to put a prefix into; "
+            f"technique '{NAME}': a {spec.family} {spec.kind} keeps no key-value cache to put a prefix into; "
             "use prompt_tuning or p_tuning"
         )
     if config.num_virtual_tokens < 1:

@@ -73,7 +73,7 @@ def apply(model: Model, config: Config, context: Context) -> Config:
 def rebuild(model: Model, config: Config) -> None:
     net = model.net
     first = soft.first_slot(net)
-    net.techniques[NAME] = SoftPrompt(config.num_virtual_tokens, net.spec.hidden_size, first, model.device)
+    net.techniques[NAME] = SoftPrompt(config.num_virtual_tokens, net.embed_tokens.embedding_dim, first, model.device)
 
 
 def encode(model: Model, config: Config, example: Example) -> Example:

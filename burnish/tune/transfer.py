@@ -31,39 +31,34 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     """Put the head on, start it with Gaussian weights of standard deviation 0.02, and unfreeze what trains."""
     if config.num_labels < 2:
         raise UserError(f"technique 'transfer': num_labels is {config.num_labels}; a classifier needs at least 2")
-    if config.train_layers > model.spec.num_layers:
-        raise UserError(
-            f"technique 'transfer': train_layers is {config.train_layers}; the model has {model.spec.num_layers} layers"
-        )
+    count = len(model.net.layers)
+    if config.train_layers > count:
+        raise UserError(f"technique 'transfer': train_layers is {config.train_layers}; the model has {count} layers")
     if config.label_names is not None and len(config.label_names) != config.num_labels:
         raise UserError(
             f"technique 'transfer': {len(config.label_names)} label_names do not fit num_labels {config.num_labels}"
         )
-    had_pooler = model.net.pooler
+    kept = set(model.net.head_modules())
     rebuild(model, config)
     generator = torch.Generator().manual_seed(context.seed)
-    fresh = [model.net.score, *([model.net.pooler] if had_pooler is None else [])]
     with torch.no_grad():
-        for linear in fresh:
-            if linear is not None:
-                shape = linear.weight.shape
-                linear.weight.dense.copy_(torch.empty(shape).normal_(0, 0.02, generator=generator))  # type: ignore
+        for module in model.net.head_modules():
+            for parameter in module.parameters() if module not in kept else ():
+                if parameter.dim() > 1:
+                    parameter.copy_(torch.empty(parameter.shape).normal_(0, 0.02, generator=generator))
     return config
 
 
 def rebuild(model: Model, config: Config) -> None:
-    net, old_pooler = model.net, model.net.pooler
+    net = model.net
     encoder = not net.spec.causal
     net.set_head(replace(net.spec, head="classification", num_labels=config.num_labels, pooler=encoder))
-    if old_pooler is not None:
-        net.pooler = old_pooler
     names = config.label_names or [f"LABEL_{i}" for i in range(config.num_labels)]
     model.hf_config["id2label"] = {str(i): name for i, name in enumerate(names)}
     model.hf_config["label2id"] = {name: i for i, name in enumerate(names)}
-    for head in (net.score, net.pooler):
-        if head is not None:
-            head.to(device=model.device, dtype=torch.float32).requires_grad_(True)
+    for module in net.head_modules():
+        module.to(device=model.device, dtype=torch.float32).requires_grad_(True)
     if config.train_layers < 0:
         unfreeze(net)
-    for layer in net.layers[net.spec.num_layers - max(config.train_layers, 0) :]:
+    for layer in net.layers[len(net.layers) - max(config.train_layers, 0) :]:
         unfreeze(layer)

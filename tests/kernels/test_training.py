@@ -98,8 +98,8 @@ CONFIG = {
 }
 
 
-def network():
-    torch.manual_seed(0)
+def network(seed=0):
+    torch.manual_seed(seed)
     net = Transformer(read_spec(CONFIG)).initialize(0.2).requires_grad_(False).to(BF16)
     net.layers[0].mlp.up_proj.weight.requires_grad_(True)
     net.layers[0].self_attn.k_proj.weight.requires_grad_(True)
@@ -122,11 +122,14 @@ def gradients(net, dtype, kernels, **inputs):
 @pytest.mark.parametrize("padded", [True, False])
 def test_a_fused_network_gives_the_plain_ones_results(padded):
     inputs = {"attention_mask": torch.arange(19) < torch.tensor([[19], [7], [11]])} if padded else {}
-    found = gradients(network(), BF16, True, **inputs)
-    plain = gradients(network(), BF16, False, **inputs)
-    exact = gradients(network(), torch.float64, False, **inputs)
-    for ours, other, truth in zip(found, plain, exact, strict=True):
-        assert error(ours, truth) < 1.2 * error(other, truth)
+    errors = torch.zeros(2)  # by the kernels, and the plain way
+    for seed in range(4):
+        found = gradients(network(seed), BF16, True, **inputs)
+        plain = gradients(network(seed), BF16, False, **inputs)
+        exact = gradients(network(seed), torch.float64, False, **inputs)
+        for ours, other, truth in zip(found, plain, exact, strict=True):
+            errors += torch.tensor([error(ours, truth), error(other, truth)])
+    assert errors[0] < 1.15 * errors[1]
 
 
 def test_fusing_is_undone_and_leaves_other_dtypes_alone():

@@ -6,15 +6,19 @@ The pairs are used by `store` to read and write checkpoints, and to resolve `tar
 
 from __future__ import annotations
 
-from burnish.config import UserError, nearest
+import re
+from collections.abc import Collection
+
+from burnish.config import UserError
 from burnish.model.families.bert import BERT
 from burnish.model.families.declare import Config, Family, rope, rotary_share
 from burnish.model.families.gpt import BLOOM, FALCON, GPT2, GPT_NEOX, MPT, OPT
 from burnish.model.families.llama import GEMMA2, GEMMA3, LLAMA, MISTRAL, QWEN2, QWEN3
+from burnish.model.network import Layout
 from burnish.model.positions import inverse_frequencies
 from burnish.model.spec import Head, Spec
 
-__all__ = ["FAMILIES", "Family", "read_spec", "tensor_names"]
+__all__ = ["FAMILIES", "Family", "layout", "read_spec", "tensor_names"]
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -30,8 +34,9 @@ def read_spec(config: Config, head: Head | None = None, pooler: bool = True) -> 
     name = str(config.get("model_type", ""))
     family = FAMILIES.get(name)
     if family is None:
-        hint = nearest(name, FAMILIES)
-        raise UserError(f"config.json: model_type '{name}' is not supported{hint}; supported: {', '.join(FAMILIES)}")
+        from burnish.model.foreign import foreign_spec
+
+        return foreign_spec(config, head, FAMILIES)
     reason = family.refuse(config) or _unread_rotary(family, config)
     if reason:
         raise UserError(f"config.json: {reason}")
@@ -81,3 +86,32 @@ def tensor_names(spec: Spec) -> dict[str, str]:
         else:
             names[native] = foreign
     return names
+
+
+def layout(spec: Spec, parts: Collection[str]) -> Layout:
+    """The Layout of a native network that has these parts."""
+    family, modules = FAMILIES[spec.family], tensor_names(spec)
+    tensors: dict[str, str] = {}
+    spare: set[str] = set()
+    for native, foreign in modules.items():
+        for leaf in ("weight", "bias"):
+            name, plain = f"{native}.{leaf}", f"{foreign}.{leaf}"
+            tensors[name] = family.tensors.get(name, plain)
+            copied = native == "lm_head" and (spec.tied if leaf == "weight" else tensors[name] != plain)
+            if native.split(".")[0] not in parts:
+                spare |= {plain, tensors[name]}
+            elif copied:
+                spare.add(plain)
+    matrices = [name for name in tensors if name.endswith(".weight")]
+    return Layout(
+        modules,
+        tensors,
+        family.prefix,
+        family.architectures[spec.head],
+        family.lora_targets,
+        frozenset(name for name in matrices if name.split(".")[-2] in family.transposed),
+        frozenset(spare),
+        tuple(map(re.escape, family.ignored)),
+        aliases=family.aliases,
+        spare_tokens=family.spare_tokens,
+    )

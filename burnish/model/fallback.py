@@ -1,0 +1,347 @@
+"""Models without a native family, through transformers' own modelling code.
+
+`Foreign` holds a transformers model and shows it as a `Network`. Module paths are the transformers model's own; the
+projections of its layers are replaced in place by burnish's `Linear`, on which the techniques work unchanged. The body
+runs as transformers wrote it; `logits` runs transformers' own head on given hidden states, with the body left out.
+
+Limits: a projection whose weight its layer reads directly stays transformers' own. Code that a checkpoint brings is
+never run. Documents are packed only where a short trial shows that the model keeps them apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from burnish.config import UserError
+from burnish.model.attention import visibility
+from burnish.model.cache import KVCache, Prefix
+from burnish.model.foreign import CLASSES, LORA_TARGETS, construct, read_config, rejections, replace_projections
+from burnish.model.linear import Linear
+from burnish.model.network import Layout, Network
+from burnish.model.spec import Spec
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Cache(KVCache):
+    """transformers' cache, with what burnish knows of its slots."""
+
+    def __init__(self, net: Foreign, rows: int, capacity: int):
+        from transformers import DynamicCache
+
+        super().__init__(replace(net.spec, num_layers=0), rows, capacity, net.dtype, net.embed_tokens.weight.device)
+        self.states: Any = DynamicCache(config=net.hf.config)
+
+    def load(self, prefix: Prefix) -> None:
+        super().load(Prefix(prefix.keys[:0], prefix.values[:0], prefix.lengths))
+        rows = (len(self.valid), -1, -1, -1)
+        for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+            self.states.update(keys.expand(rows), values.expand(rows), layer)
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        self.states.reorder_cache(rows)
+
+
+class States(tuple):
+    """A body's output as heads read it, by number or by name; what is not there is None."""
+
+    last_hidden_state = property(lambda self: self[0])
+    pooler_output = property(lambda self: self[1])
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+class Given(nn.Module):
+    """Stands where the body stood and gives hidden states (N, 1, hidden) that are known already."""
+
+    def __init__(self, hidden: Tensor, pooler: nn.Module | None):
+        super().__init__()
+        self.states = States((hidden, None if pooler is None else pooler(hidden)))
+
+    def forward(self, *args: Any, **kwargs: Any) -> States:
+        return self.states
+
+
+class Foreign(Network):
+    """A transformers model as a Network. It has the model's own children, so that paths are the model's.
+
+    `hf` is the model, `root` the path of its body and `stack` that of the layers in it (None: no list of them);
+    `accepts` are the names that the body's forward takes.
+    """
+
+    hf: Any
+    root: str
+    stack: str | None
+    accepts: set[str]
+
+    def __init__(self, spec: Spec, hf_config: dict[str, Any]):
+        super().__init__()
+        self.compute_dtype = None
+        self.gradient_checkpointing = self.checkpoints = False
+        self.apart: bool | None = None  # whether packed documents stay apart, once it was tried
+        hf = construct(read_config(hf_config), spec.head)
+        self.names = set(hf.base_model.state_dict())  # of the body, before it is changed
+        lists = {path: m for path, m in hf.base_model.named_modules() if isinstance(m, nn.ModuleList)}
+        self.stack = next((path for path, layers in lists.items() if len(layers) == spec.num_layers), None)
+        self.transposed = replace_projections(hf.base_model, f"{self.stack}." if self.stack else "")
+        self.adopt(hf, spec, nn.ModuleDict())
+        if "inputs_embeds" not in self.accepts or "state" in self.accepts:
+            raise UserError(f"config.json: a {spec.family} model takes its inputs or states in a way of its own")
+
+    def adopt(self, hf: Any, spec: Spec, techniques: nn.ModuleDict) -> None:
+        """Become the network around `hf`."""
+        self.spec = spec
+        body = hf.base_model_prefix
+        if body in hf._modules:  # first, so that what a head shares with it goes by its name in the body
+            hf.__dict__["_modules"] = {body: hf._modules[body], **hf._modules}
+        shared = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+        self.__dict__.update({"hf": hf, **{name: hf.__dict__[name] for name in shared}})
+        self.techniques = techniques
+        if hf.config.pad_token_id is None:
+            hf.config.pad_token_id = 0  # heads ask for one; what is padding, the mask tells
+        self.root = "" if hf.base_model is hf else f"{hf.base_model_prefix}."
+        self.body = self.root + (f"{self.stack}." if self.stack else "")
+        self.accepts = set(inspect.signature(hf.base_model.forward).parameters)
+        self.stateful = "cache_params" in self.accepts
+        tables = (m for path, m in hf.base_model.named_modules() if "position" in path and isinstance(m, nn.Embedding))
+        self.offset = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
+        self.tie()
+
+    @property
+    def embed_tokens(self) -> nn.Embedding:  # type: ignore[override]
+        return self.hf.get_input_embeddings()
+
+    @property
+    def layers(self) -> nn.ModuleList:  # type: ignore[override]
+        return nn.ModuleList() if self.stack is None else self.hf.base_model.get_submodule(self.stack)
+
+    @property
+    def layout(self) -> Layout:
+        head = [f"{path}.{name}" for path, m in self.head_paths() for name in m.state_dict()]
+        own = {name for name, _ in self.hf.named_parameters(recurse=False)} if self.root else set()
+        names = {*(self.root + name for name in self.names), *head, *own}
+        prefix = f"{self.hf.base_model_prefix}."
+        shown = {name: name if self.root else prefix + name for name in names}
+        leaves = {path.rpartition(".")[2] for path, m in self.named_modules() if isinstance(m, Linear) and path}
+        leaves |= {path.split(".")[-2] for path, m in self.named_modules() if path.endswith(".base")}
+        chosen = next((group for group in LORA_TARGETS if leaves.issuperset(group)), tuple(sorted(leaves - {"base"})))
+        return Layout(
+            {name.rpartition(".")[0]: other.rpartition(".")[0] for name, other in shown.items()},
+            shown,
+            prefix,
+            type(self.hf).__name__,
+            chosen,
+            frozenset(self.root + name for name in self.transposed),
+            frozenset(self.ties),
+            (
+                *(self.hf._keys_to_ignore_on_load_unexpected or ()),
+                *(() if self.root else (f"^(?!{re.escape(prefix)})",)),
+            ),
+            self.ties,
+        )
+
+    def head_paths(self) -> list[tuple[str, nn.Module]]:
+        """The model's children beside its body, and the body's pooler, by path."""
+        if not self.root:
+            return []
+        apart = ("techniques", self.hf.base_model_prefix)
+        found = [(name, child) for name, child in self.hf.named_children() if name not in apart]
+        pooler = getattr(self.hf.base_model, "pooler", None)
+        return [*found, (f"{self.root}pooler", pooler)] if isinstance(pooler, nn.Module) else found
+
+    def head_modules(self) -> list[nn.Module]:
+        return [module for _, module in self.head_paths()]
+
+    def set_head(self, spec: Spec) -> None:
+        from transformers.models.auto import modeling_auto
+
+        if spec.family not in getattr(modeling_auto, CLASSES[spec.head][1]):
+            raise UserError(f"transformers has no classifier of this kind: {spec.family} models get no new head")
+        table = {str(i): f"LABEL_{i}" for i in range(spec.num_labels)}
+        new = construct(read_config({**self.hf.config.to_dict(), "id2label": table, "label2id": None}), spec.head)
+        techniques, old = self.techniques, self.hf.base_model
+        del self.techniques
+        fresh = getattr(new.base_model, "pooler", None)
+        setattr(new, new.base_model_prefix, old)
+        if isinstance(fresh, nn.Module) and getattr(old, "pooler", None) is None:
+            old.pooler = fresh
+        self.adopt(new, spec, techniques)
+        device = self.embed_tokens.weight.device
+        for module in self.head_modules() if device.type != "meta" else ():
+            for part in module.modules():
+                for name, parameter in part.named_parameters(recurse=False):
+                    if parameter.is_meta:
+                        value = torch.full(parameter.shape, float(name != "bias"), device=device)
+                        setattr(part, name, nn.Parameter(value))
+
+    @property
+    def converts(self) -> bool:
+        """Whether transformers stores the model's tensors in another layout than it runs them (experts, mostly)."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        return bool(get_model_conversion_mapping(self.hf, add_legacy=False))
+
+    def read_converted(self, folder: Path) -> dict[str, Tensor] | None:
+        if not self.converts:
+            return None
+        with rejections():
+            model, found = type(self.hf).from_pretrained(
+                folder, dtype="auto", trust_remote_code=False, output_loading_info=True
+            )
+        problems = [
+            f"{kind.removesuffix('_keys')} {key}" for kind, keys in found.items() for key in sorted(map(str, keys))
+        ]
+        if problems:
+            raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
+        return model.state_dict()
+
+    def converted(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return revert_weight_conversion(self.hf, tensors) if self.converts else tensors
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """Parameters that are others: copy -> original."""
+        return {copy: name for copy, name in (self.hf.all_tied_weights_keys or {}).items() if copy != name}
+
+    def tie(self) -> None:
+        for path, name in self.ties.items():
+            module, _, leaf = path.rpartition(".")
+            setattr(self.get_submodule(module), leaf, self.get_parameter(name))
+
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        if not self.accepts & {"past_key_values", "cache_params"}:
+            raise UserError(f"transformers keeps no cache for {self.spec.family} models, which generation needs")
+        return Cache(self, rows, capacity)
+
+    def train(self, mode: bool = True) -> Foreign:
+        self.hf.training = mode  # it is no child: its children are
+        return super().train(mode)  # type: ignore[return-value]
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Mixed precision, where the activations' dtype was chosen."""
+        half = self.compute_dtype in HALF
+        return torch.autocast(self.embed_tokens.weight.device.type, self.compute_dtype) if half else nullcontext()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        prefix: Prefix | None = None,
+    ) -> Tensor:
+        """Hidden states (B, T, hidden) of T new tokens; arguments as the native network's."""
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.to(self.dtype)  # type: ignore[arg-type]
+        batch, length, _ = x.shape
+        valid = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+        positions = self.positions(batch, length, valid, position_ids, cache, prefix, x.device)
+        fixed = self.spec.positions == "learned" and "position_ids" not in self.accepts
+        if fixed and valid is not None and not bool(valid[:, 0].all()):
+            raise UserError(f"a {self.spec.family} model takes no positions, so that rows cannot be padded on the left")
+        if segment_ids is not None and not self.keeps_apart():
+            raise UserError(
+                f"packing: this {self.spec.family} model, run by transformers, does not keep packed documents apart; "
+                "set packing: false"
+            )
+        if prefix is not None:
+            cache = self.new_cache(batch, prefix.size + length)
+            cache.load(prefix)
+        if cache is not None:
+            cache.reserve(valid, positions)
+        mask = valid
+        if segment_ids is not None:
+            seen, _ = visibility(self.spec, positions, valid, segment_ids, None, prefix, x.dtype)
+            mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, torch.finfo(x.dtype).min)  # type: ignore
+        elif cache is not None and not self.stateful:
+            mask = cache.valid[:, : cache.length] if cache.holes else None
+        return self.run(x, mask, positions, token_type_ids, cache)
+
+    def run(
+        self, x: Tensor, mask: Tensor | None, positions: Tensor, types: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """The body's hidden states. mask: (B, S) bool, or (B, 1, T, S) added to the scores."""
+        if self.gradient_checkpointing != self.checkpoints:
+            self.set_checkpointing(self.gradient_checkpointing)
+        if cache is not None and self.checkpoints and self.training:
+            raise UserError("gradient_checkpointing: transformers drops a prefix under it; set it to false")
+        states = None if cache is None else cache.states
+        given = {
+            "inputs_embeds": x,
+            "attention_mask": mask.long() if mask is not None and mask.dim() == 2 else mask,
+            "position_ids": positions + self.offset,
+            "token_type_ids": types if self.spec.token_types > 1 else None,
+            "past_key_values": states,
+            "cache_params": states,
+            "use_cache": states is not None,
+        }
+        accepted = {name: value for name, value in given.items() if name in self.accepts and value is not None}
+        with self.precision():
+            return self.hf.base_model(**accepted)[0]
+
+    def set_checkpointing(self, wanted: bool) -> None:
+        if wanted and not self.hf.supports_gradient_checkpointing:
+            raise UserError(
+                f"gradient_checkpointing: {self.spec.family} models have none in transformers; set it to false"
+            )
+        verb = "enable" if wanted else "disable"
+        new, old = f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}"  # the old name until 5.20
+        switch = getattr(self.hf, new if hasattr(self.hf, new) else old)
+        switch(*([{"use_reentrant": False}] if wanted else []))
+        self.checkpoints = wanted
+
+    @torch.no_grad()
+    def keeps_apart(self) -> bool:
+        """Whether two short documents in one row give what each alone gives; tried once."""
+        if self.apart is not None:
+            return self.apart
+        self.apart = not self.stateful and getattr(self.hf.config, "sliding_window", None) is None
+        if not self.apart:
+            return False
+        training = self.training
+        try:
+            self.eval()
+            x = self.embed(torch.arange(8, device=self.embed_tokens.weight.device)[None])  # (1, 8, width)
+            segments = torch.arange(8, device=x.device)[None] // 4
+            packed = self(
+                inputs_embeds=x, position_ids=torch.arange(8, device=x.device)[None] % 4, segment_ids=segments
+            )
+            alone = self(inputs_embeds=x.view(2, 4, -1)).view_as(packed)
+            self.apart = bool((packed - alone).norm() <= 0.02 * alone.norm())
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+            self.apart = False
+        finally:
+            self.train(training)
+        return self.apart
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        flat = hidden.reshape(-1, 1, hidden.shape[-1])
+        parameter = next((p for module in self.head_modules() for p in module.parameters()), None)
+        if parameter is None:
+            raise ValueError("this network has no head: it gives hidden states only")
+        half = self.compute_dtype in HALF
+        with self.precision():
+            flat = flat if half else flat.to(parameter.dtype)
+            given = Given(flat, getattr(self.hf.base_model, "pooler", None))
+            head = copy.copy(self.hf)
+            head.__dict__["_modules"] = {**self.hf._modules, self.hf.base_model_prefix: given}
+            ids = torch.zeros(len(flat), 1, dtype=torch.long, device=flat.device)
+            return head(input_ids=ids).logits.view(*hidden.shape[:-1], -1)

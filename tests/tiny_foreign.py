@@ -1,0 +1,61 @@
+"""Tiny random checkpoints of models that burnish runs through transformers, written by transformers."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import tiny
+import torch
+
+COMMON = {**tiny.SHAPE, "intermediate_size": 48, "max_position_embeddings": 64}
+OLD = {"vocab_size": 80, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48, "rotary_dim": 4}
+CONFIGS = {  # model type -> (transformers' class names without their ends, its config)
+    "stablelm": ("StableLm", {**COMMON, "num_key_value_heads": 2}),
+    "phi": ("Phi", COMMON),
+    "cohere": ("Cohere", {**COMMON, "num_key_value_heads": 2, "logit_scale": 0.5}),
+    "gptj": ("GPTJ", OLD),
+    "gpt_bigcode": ("GPTBigCode", {key: value for key, value in OLD.items() if key != "rotary_dim"}),
+    "openai-gpt": (
+        "OpenAIGPT",
+        {key: OLD[key] for key in ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions")},
+    ),
+    "mixtral": ("Mixtral", {**COMMON, "num_key_value_heads": 2, "num_local_experts": 4}),
+    "mamba": ("Mamba", {"vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "roberta": ("Roberta", {**COMMON, "max_position_embeddings": 65, "type_vocab_size": 1}),
+    "electra": ("Electra", {**COMMON, "embedding_size": 16, "type_vocab_size": 2}),
+    "distilbert": (
+        "DistilBert",
+        {"vocab_size": 80, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 64},
+    ),
+}
+ENCODERS = ("roberta", "electra", "distilbert")
+DECODERS = tuple(name for name in CONFIGS if name not in ENCODERS)
+CONTRACT = ("stablelm", "cohere", "gptj", "mamba", "roberta", "electra")  # on which every technique is tested
+ENDS = {"lm": "ForCausalLM", "masked_lm": "ForMaskedLM", "classification": "ForSequenceClassification", "none": "Model"}
+
+
+def reference(family: str, head: str = "", **changes):
+    """A random transformers model; every parameter is random, norms and biases included."""
+    import transformers
+
+    torch.manual_seed(0)
+    name, kwargs = CONFIGS[family]
+    config = getattr(transformers, f"{name}Config")(**{**kwargs, **changes})
+    config.pad_token_id, config.eos_token_id, config.bos_token_id = 0, 1, 1
+    head = head or ("masked_lm" if family in ENCODERS else "lm")
+    end = "LMHeadModel" if (family, head) == ("openai-gpt", "lm") else ENDS[head]
+    model = getattr(transformers, name + end)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+@cache
+def folder(root: Path, family: str, head: str = "") -> Path:
+    """A Hugging Face folder of the tiny model, made once per `root`."""
+    path = root / f"{family}-{head or 'default'}"
+    reference(family, head).save_pretrained(path)
+    tiny.tokenizer("encoder" if family in ENCODERS else "decoder").save_pretrained(path)
+    return path
