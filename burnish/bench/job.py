@@ -116,7 +116,13 @@ def serve(job: Job) -> dict[str, Any]:
 
 
 KINDS = {"quality": quality, "fit": fit, "serve": serve}
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "Cannot allocate memory")
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "DefaultCPUAllocator",
+    "Cannot allocate memory",
+    "Thread creation failed",
+)
 
 
 def limit_memory(count: int) -> None:

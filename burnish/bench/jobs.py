@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from burnish.bench.job import OUT_OF_MEMORY
 from burnish.bench.rows import Cell, learning_rate
 from burnish.bench.twin import write_twin
 from burnish.config import to_mapping
@@ -67,7 +68,8 @@ def run_job(job: Job, scratch: Path, timeout: float) -> Job:
             return {"status": "oom", "error": "killed by the system, which is what running out of memory looks like"}
         log.seek(0)
         last = (log.read().strip().splitlines() or [f"ended with status {code}"])[-1]
-        return {"status": "failed", "error": last}
+        short = any(sign in last for sign in OUT_OF_MEMORY)
+        return {"status": "oom" if short else "failed", "error": last}
 
 
 class Jobs:
