@@ -9,8 +9,9 @@ or a perplexity by its metric's name; `seeds` holds one value per seed and `spre
 The base's row is named "base", alone or with more words.
 
 A row may win its task when it finished, is no control and keeps the budget. Of two rows one beats the other when its
-mean is better by more than the seeds' noise, 2 sqrt(s1^2 / n1 + s2^2 / n2). The rows that no other beats tie for the
-lead, and the cheapest of them wins: by peak memory, then mean latency, then artefact bytes, each equal within 2%.
+mean is better by more than the seeds' noise, 2 sqrt(s1^2 / n1 + s2^2 / n2). The rows that no other beats, and whose mean
+is behind the best by no more than the best row's own noise would explain, tie for the lead, so that no row wins by wild
+seeds. The cheapest of them wins: by peak memory, then mean latency, then artefact bytes, each equal within 2%.
 """
 
 import math
@@ -118,6 +119,11 @@ def beats(a: Row, b: Row) -> bool:
     return score(a) - score(b) > noise(a, b)
 
 
+def ties(row: Row, best: Row) -> bool:
+    """Whether the row, which nothing beats, is as good as the best within the best row's own noise."""
+    return row is best or score(best) - score(row) <= noise(best, best)
+
+
 def is_base(row: Row) -> bool:
     return not row["techniques"] and row["name"].lower().split(" ")[0] == "base"
 
@@ -198,7 +204,8 @@ def judge(task: str, rows: list[Row], budget: Mapping[str, float | None]) -> Jud
     winner: Row | None = None
     unbeaten: list[Row] = []
     if field:
-        tied = [row for row in field if not any(beats(other, row) for other in field)]
+        unbeaten_rows = [row for row in field if not any(beats(other, row) for other in field)]
+        tied = [row for row in unbeaten_rows if ties(row, field[0])]
         winner, why = cheapest(tied)
         known = [row for row in done if row is not winner and (row["control"] or is_base(row))]
         unbeaten = [row for row in known if not beats(winner, row)]
