@@ -9,9 +9,9 @@ or a perplexity by its metric's name; `seeds` holds one value per seed and `spre
 The base's row is named "base", alone or with more words.
 
 A row may win its task when it finished, is no control and keeps the budget. Of two rows one beats the other when its
-mean is better by more than the seeds' noise, 2 sqrt(s1^2 / n1 + s2^2 / n2). The rows that no other beats, and whose mean
-is behind the best by no more than the best row's own noise would explain, tie for the lead, so that no row wins by wild
-seeds. The cheapest of them wins: by peak memory, then mean latency, then artefact bytes, each equal within 2%.
+mean is better by more than the seeds' noise, 2 sqrt(s1^2 / n1 + s2^2 / n2). Rows tie for the lead that no other beats,
+and that are behind the best by no more than two rows with its own spread could be, so that none wins by wild seeds. The
+cheapest of them wins: by peak memory, then mean latency, then artefact bytes, each equal within 2%.
 """
 
 import math

@@ -98,7 +98,14 @@ def test_a_clear_lead_wins_and_is_told_with_its_margin():
 def test_noise_is_two_standard_errors_of_the_difference():
     limit = 2 * math.sqrt(0.01**2 + 0.02**2) / math.sqrt(3)
     for distance, expected in ((limit * 0.99, "cheap"), (limit * 1.01, "dear")):
-        rows = [make("dear", 0.9, spread=0.01, memory=900), make("cheap", 0.9 - distance, spread=0.02, memory=100)]
+        rows = [make("dear", 0.9, spread=0.02, memory=900), make("cheap", 0.9 - distance, spread=0.01, memory=100)]
+        assert winner(*rows) == expected
+
+
+def test_a_row_does_not_win_by_wild_seeds():
+    limit = 2 * math.sqrt(2 * 0.01**2 / 3)  # two rows with the best one's spread
+    for distance, expected in ((limit * 0.99, "cheap"), (limit * 1.01, "dear")):
+        rows = [make("dear", 0.9, spread=0.01, memory=900), make("cheap", 0.9 - distance, spread=0.3, memory=100)]
         assert winner(*rows) == expected
 
 
