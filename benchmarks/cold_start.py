@@ -78,7 +78,7 @@ def main() -> None:
             "plain torch": [*python, str(script), str(folder), PROMPT],
             "burnish": [
                 *python,
-                *"-m burnish generate".split(),
+                *["-m", "burnish", "generate"],
                 str(folder),
                 "--prompt",
                 PROMPT,
