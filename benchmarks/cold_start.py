@@ -35,8 +35,8 @@ tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 with torch.inference_mode():
     ids = torch.tensor(tokenizer.encode(sys.argv[2]).ids)
     heads, kv = c["num_attention_heads"], c["num_key_value_heads"]
-    size, eps = c.get("head_dim") or c["hidden_size"] // heads, c["rms_norm_eps"]
-    base = c.get("rope_theta") or c["rope_parameters"]["rope_theta"]
+    size, eps = c.get("head_dim") or c["hidden_size"] // heads, c.get("rms_norm_eps", 1e-6)
+    base = c.get("rope_theta", 10000.0)
     angles = torch.arange(len(ids))[:, None] * base ** (-torch.arange(0, size, 2) / size)
     cos, sin = (torch.cat((f(angles),) * 2, -1).bfloat16() for f in (torch.cos, torch.sin))
 
@@ -57,7 +57,7 @@ with torch.inference_mode():
         x = x + F.linear(h, w[p + "mlp.down_proj.weight"])
     x = F.rms_norm(x[-1], x.shape[-1:], w["model.norm.weight"], eps)
     token = F.linear(x, w.get("lm_head.weight", w["model.embed_tokens.weight"])).argmax().item()
-    print(tokenizer.decode([token], skip_special_tokens=True))
+    print(json.dumps({"token": token, "text": tokenizer.decode([token])}))
 """
 
 
@@ -84,18 +84,20 @@ def main() -> None:
                 PROMPT,
                 "--max_new_tokens",
                 "1",
+                "--json",
             ],
             "import torch": [*python, "-c", "import torch"],
         }
         seconds: dict[str, list[float]] = {name: [] for name in commands}
-        texts: dict[str, str] = {}
+        outputs: dict[str, str] = {}
         for turn in range(options.rounds + 1):
             for name in list(commands)[:: -1 if turn % 2 else 1]:
                 began = time.perf_counter()
                 done = subprocess.run(commands[name], capture_output=True, text=True, check=True)
                 seconds[name].append(time.perf_counter() - began)
-                texts[name] = done.stdout.strip()
-    assert texts["burnish"] == texts["plain torch"], texts
+                outputs[name] = done.stdout
+    tokens = json.loads(outputs["burnish"])["ids"], [json.loads(outputs["plain torch"])["token"]]
+    assert tokens[0] == tokens[1], tokens
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first filled the caches
     ratio = medians["burnish"] / medians["plain torch"]
     print({name: round(value, 2) for name, value in medians.items()}, f"ratio {ratio:.2f}")
