@@ -119,9 +119,10 @@ def beats(a: Row, b: Row) -> bool:
     return score(a) - score(b) > noise(a, b)
 
 
-def ties(row: Row, best: Row) -> bool:
-    """Whether the row, which nothing beats, is as good as the best within the best row's own noise."""
-    return row is best or score(best) - score(row) <= noise(best, best)
+def ties(row: Row, field: list[Row]) -> bool:
+    """Whether no other row of the field, best first, beats the row, and it is within the best row's own noise."""
+    close = row is field[0] or score(field[0]) - score(row) <= noise(field[0], field[0])
+    return close and not any(beats(other, row) for other in field)
 
 
 def is_base(row: Row) -> bool:
@@ -204,8 +205,7 @@ def judge(task: str, rows: list[Row], budget: Mapping[str, float | None]) -> Jud
     winner: Row | None = None
     unbeaten: list[Row] = []
     if field:
-        unbeaten_rows = [row for row in field if not any(beats(other, row) for other in field)]
-        tied = [row for row in unbeaten_rows if ties(row, field[0])]
+        tied = [row for row in field if ties(row, field)]
         winner, why = cheapest(tied)
         known = [row for row in done if row is not winner and (row["control"] or is_base(row))]
         unbeaten = [row for row in known if not beats(winner, row)]

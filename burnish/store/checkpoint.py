@@ -182,11 +182,12 @@ def fill(
         wanted = tensors[name].dtype
         if entry.dtype != wanted and not (entry.dtype.is_floating_point and wanted.is_floating_point):
             problems.append(f"{key} has dtype {entry.dtype} where {wanted} is needed")
-        stays = not isinstance(tensors[name], nn.Parameter)
-        kind = (
-            wanted if foreign is None else entry.dtype if stays else dtype or entry.dtype
-        )  # a technique knows its own
-        plan[name] = (entry, transposed, kind if entry.dtype.is_floating_point else entry.dtype)
+        kind = entry.dtype
+        if kind.is_floating_point and foreign is None:
+            kind = wanted  # a technique knows its own tensors' dtype
+        elif kind.is_floating_point and isinstance(tensors[name], nn.Parameter):
+            kind = dtype or kind
+        plan[name] = (entry, transposed, kind)
     used = {entry for entry, _, _ in plan.values()}
     for key, entry in [*entries.items(), *extras.items()]:
         known = key in layout.spare or any(re.search(pattern, key) for pattern in layout.ignored)

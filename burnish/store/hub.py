@@ -50,9 +50,10 @@ def _download(name: str, revision: str) -> Path:
     except errors.RevisionNotFoundError:
         raise UserError(f"{name}: the hub knows no revision '{revision}' of it; name a branch, tag or commit") from None
     except errors.LocalEntryNotFoundError as error:
-        offline = "offline" in str(error).lower()
-        why = "HF_HUB_OFFLINE is set, and it is not downloaded" if offline else "the hub cannot be reached"
-        raise UserError(f"{shown}: no such folder, and {why}; unset it, or give a local folder") from None
+        why = "the hub cannot be reached; connect, or give a local folder"
+        if "offline" in str(error).lower():
+            why = "HF_HUB_OFFLINE is set, and it is not downloaded; unset it, or give a local folder"
+        raise UserError(f"{shown}: no such folder, and {why}") from None
     except Exception as error:  # network libraries raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{shown}: no such folder, and the hub gave: {reason}") from None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class Hub(ThreadingHTTPServer):
-    """`asked`: (method, path, Range header, Authorization header) of every request. `cut`: bytes after which the next
+    """`asked`: (method, path, Authorization header) of every request. `cut`: bytes after which the next
     transfer of weights breaks off, 0 for none."""
 
     def __init__(self, root: Path):
@@ -35,8 +35,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, body: bool) -> None:
-        span = self.headers.get("Range")
-        self.server.asked.append((self.command, self.path, span, self.headers.get("Authorization")))
+        self.server.asked.append((self.command, self.path, self.headers.get("Authorization")))
         path = self.path.partition("?")[0]
         if found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/revision/main)?", path):
             folder = self.server.root / found[1]
@@ -64,17 +63,13 @@ class Handler(BaseHTTPRequestHandler):
                 return self.send(404, {"X-Error-Code": "EntryNotFound"}, b"", body)
             content = file.read_bytes()
             headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": "a" * 40}
-            if span and body:
-                start = int(span.removeprefix("bytes=").partition("-")[0])
-                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-                return self.send(206, headers, content[start:], body)
             return self.send(200, headers, content, body)
         missing = "RevisionNotFound" if "/revision/" in path else "RepoNotFound"
         return self.send(404, {"X-Error-Code": missing}, b"", body)
 
     def send(self, status: int, headers: dict[str, str], content: bytes, body: bool) -> None:
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content)), "Accept-Ranges": "bytes"}.items():
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
         if not body:

@@ -46,7 +46,7 @@ def test_a_download_survives_a_cut_and_is_found_offline(hub, tmp_path):
         *("config.json", "generation_config.json", "model.safetensors", "model.safetensors"),  # the cut one once more
         *("tokenizer.json", "tokenizer_config.json"),
     ]
-    assert {token for _, path, _, token in server.asked if "someone" in path} == {"Bearer hf_secret"}
+    assert {token for _, path, token in server.asked if "someone" in path} == {"Bearer hf_secret"}
     server.asked.clear()
     assert load(url, tmp_path, "someone/small")[0] == out
     assert not [path for method, path, *_ in server.asked if method == "GET" and "/resolve/" in path]

@@ -233,18 +233,7 @@ FALCON = Family(
     },
     constants={"kind": "decoder", "norm": "layer", "fused_qkv": "heads"},
     prefix="transformer.",
-    modules=(
-        ("embed_tokens", "transformer.word_embeddings"),
-        ("layers.{i}.self_attn.qkv_proj", "transformer.h.{i}.self_attention.query_key_value"),
-        ("layers.{i}.self_attn.o_proj", "transformer.h.{i}.self_attention.dense"),
-        ("layers.{i}.mlp.up_proj", "transformer.h.{i}.mlp.dense_h_to_4h"),
-        ("layers.{i}.mlp.down_proj", "transformer.h.{i}.mlp.dense_4h_to_h"),
-        ("layers.{i}.input_layernorm", "transformer.h.{i}.input_layernorm"),
-        ("layers.{i}.post_attention_layernorm", "transformer.h.{i}.post_attention_layernorm"),
-        ("norm", "transformer.ln_f"),
-        ("lm_head", "lm_head"),
-        ("score", "score"),
-    ),
+    modules=tuple(pair for pair in BLOOM.modules if pair[0] != "embed_norm"),  # its code grew out of BLOOM's
     two_norms=(
         ("layers.{i}.input_layernorm", "transformer.h.{i}.ln_attn"),
         ("layers.{i}.post_attention_layernorm", "transformer.h.{i}.ln_mlp"),
