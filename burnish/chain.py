@@ -70,6 +70,11 @@ def parse_chain(techniques: Sequence[TechniqueSpec] | TechniqueSpec) -> list[tup
     return parsed
 
 
+def exchanges_head(techniques: Sequence[TechniqueSpec] | TechniqueSpec) -> bool:
+    """Whether one of the techniques puts a new head on (`NEW_HEAD`), so that the old one need not be read."""
+    return any(getattr(technique(name), "NEW_HEAD", False) for name, _ in parse_chain(techniques))
+
+
 def apply(model: Model, techniques: Sequence[TechniqueSpec] | TechniqueSpec, context: Context | None = None) -> Model:
     """Freeze the model (on the first call), then apply the techniques in order. Changes and returns `model`."""
     if not model.chain:
@@ -126,13 +131,21 @@ def merge(model: Model) -> list[str]:
 def forward(model: Model, batch: Mapping[str, Tensor], cache: KVCache | None = None) -> Tensor:
     """Hidden states (B, T, H) of a collated batch, with the chain's `embed` and `initial_cache` hooks.
 
-    With an empty cache the prefix is loaded into it; with a filled one the batch continues it.
+    With an empty cache the prefix is loaded into it; with a filled one the batch continues it. Of a batch with sources
+    the states are the targets'.
     """
     net = model.net
-    embeds = net.embed(batch["input_ids"])
-    if "slots" in batch:
-        for embed in hooks(model, "embed"):
-            embeds = embed(embeds, batch["slots"])
+
+    def embedded(side: str) -> Tensor:
+        embeds = net.embed(batch[f"{side}input_ids"])
+        if f"{side}slots" in batch:
+            for embed in hooks(model, "embed"):
+                embeds = embed(embeds, batch[f"{side}slots"])
+        return embeds
+
+    source = {}
+    if "source_input_ids" in batch:
+        source = {"source_embeds": embedded("source_"), "source_mask": batch["source_attention_mask"]}
     prefix = None
     if cache is None or cache.length == 0:
         for initial_cache in hooks(model, "initial_cache"):
@@ -143,11 +156,12 @@ def forward(model: Model, batch: Mapping[str, Tensor], cache: KVCache | None = N
     segments = batch.get("segment_ids")
     packed = segments is not None and bool((segments > 1).any())
     return net(
-        inputs_embeds=embeds,
+        inputs_embeds=embedded(""),
         attention_mask=batch.get("attention_mask"),
         position_ids=batch.get("position_ids") if cache is None else None,
         segment_ids=segments if packed else None,
         token_type_ids=batch.get("token_type_ids"),
         cache=cache,
         prefix=prefix,
+        **source,
     )

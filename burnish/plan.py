@@ -73,8 +73,9 @@ def plan(
     """
     folder = resolve(source)
     hf_config = read_json(folder / "config.json")
-    spec = read_spec(hf_config)
-    itemsize = max((entry.dtype.itemsize for entry in read_folder(folder).values()), default=2)
+    entries = read_folder(folder)
+    spec = read_spec(hf_config, stored=entries)
+    itemsize = max((entry.dtype.itemsize for entry in entries.values()), default=2)
     with torch.device("meta"):
         net = build(spec, hf_config).to(torch.bfloat16 if itemsize == 2 else torch.float32)
     model = chain.apply(Model(net, load_tokenizer(folder), hf_config), list(techniques))
@@ -84,12 +85,14 @@ def plan(
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     layer = (18 if spec.sandwich_norm else 8) * spec.hidden_size + 4 * queries + 4 * spec.intermediate_size
     layer += 4 * (queries + keys) if spec.qk_norm else 0
+    layers = spec.num_layers + spec.decoder_layers * spec.paired
     kept = spec.hidden_size if gradient_checkpointing else layer
-    active = rows * tokens * itemsize * (spec.num_layers * kept + 4 * spec.hidden_size) if trainable else 0
+    active = rows * tokens * itemsize * (layers * kept + 4 * spec.hidden_size) if trainable else 0
     if spec.attention_softcap and trainable:  # the scores themselves are kept: capped, and as float32 and cast weights
         scores = rows * spec.num_heads * tokens**2 * (2 * itemsize + 4)
         active += scores if gradient_checkpointing else spec.num_layers * scores
-    cache = 2 * spec.num_layers * keys * rows * tokens * itemsize
+    cached = 2 * spec.decoder_layers if spec.paired else spec.num_layers  # a source of `tokens` and a target of as many
+    cache = 2 * cached * keys * rows * tokens * itemsize
     return Plan(
         parameters=model.parameter_count(),
         trainable=trainable,
@@ -97,7 +100,7 @@ def plan(
         gradients=4 * trainable,
         optimizer=8 * trainable,
         activations=active,
-        cache=cache if spec.causal else 0,
+        cache=cache if spec.kind != "encoder" else 0,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from tiny_foreign import CONTRACT as FOREIGN
 from tiny_foreign import ENCODERS as FOREIGN_ENCODERS
+from tiny_foreign import PAIRS as FOREIGN_PAIRS
 
 from burnish.chain import TECHNIQUES
 from burnish.model.families import FAMILIES
@@ -67,13 +68,15 @@ PLAIN, GATED = ("mlp.up_proj", "mlp.down_proj"), ("mlp.gate_proj", "mlp.up_proj"
 PROJECTIONS = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), SEPARATE + GATED),
     **dict.fromkeys(("bloom", "gpt2", "gpt_neox", "falcon", "mpt"), FUSED + PLAIN),
-    **dict.fromkeys(("opt", "bert"), SEPARATE + PLAIN),
+    **dict.fromkeys(("opt", "bert", "t5"), SEPARATE + PLAIN),
+    "mt5": SEPARATE + GATED,
 }
 
 GATED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 GATED += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 BERT = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
 BERT += ("intermediate.dense", "output.dense")
+PAIR = (*(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")), "fc1", "fc2")
 FOREIGN_PROJECTIONS = {  # transformers' own paths: of a layer, and in it
     "stablelm": ("model.layers", GATED),
     "cohere": ("model.layers", GATED),
@@ -84,6 +87,8 @@ FOREIGN_PROJECTIONS = {  # transformers' own paths: of a layer, and in it
     "mamba": ("backbone.layers", ("mixer.in_proj",)),
     "roberta": ("roberta.encoder.layer", BERT),
     "electra": ("electra.encoder.layer", BERT),
+    "bart": ("model.encoder.layers", PAIR),
+    "m2m_100": ("model.encoder.layers", PAIR),
 }
 
 
@@ -101,6 +106,12 @@ def low_rank(net: Network) -> set[str]:
     spec = net.spec
     layers, names = FOREIGN_PROJECTIONS.get(spec.family) or ("layers", PROJECTIONS[spec.family])
     paths = [f"{layers}.{i}.{name}" for i in range(spec.num_layers) for name in names]
+    if spec.paired:
+        decoder, cross = ("decoder.layers", "cross_attn")
+        if spec.family in FOREIGN:
+            decoder, cross = ("model.decoder.layers", "encoder_attn")
+        names += tuple(name.replace("self_attn", cross) for name in names if "self_attn" in name)
+        paths += [f"{decoder}.{i}.{name}" for i in range(spec.decoder_layers) for name in names]
     return {f"{path}.lora_{letter}" for path in paths for letter in "AB"}
 
 
@@ -142,13 +153,18 @@ ROWS = {
 
 ENCODERS = {name for name, family in FAMILIES.items() if family.constants["kind"] == "encoder"} | {*FOREIGN_ENCODERS}
 
+SEQ2SEQ = {name for name, family in FAMILIES.items() if family.constants["kind"] == "seq2seq"} | {*FOREIGN_PAIRS}
+COUNTING = {*FOREIGN_PAIRS}
+
 LIMITS = (
-    Limit(REFUSED, "keeps no key-value cache to put a prefix into", {"prefix_tuning"}, ENCODERS | {"mamba"}),
-    Limit(REFUSED, "transformers has no classifier of this kind", {"transfer"}, {"cohere", "mamba"}),
+    Limit(REFUSED, "keeps no key-value cache to put a prefix into", {"prefix_tuning"}, ENCODERS | COUNTING | {"mamba"}),
+    Limit(REFUSED, "transformers has no classifier of this kind", {"transfer"}, COUNTING | {"cohere", "mamba"}),
     Limit(REFUSED, "a chain applies each once", {"nf4"}, cells={"after NF4"}),
     Limit(REFUSED, "prune before quantising", {"magnitude"}, cells={"after NF4"}),
     Limit(REFUSED, "classified examples cannot be packed, as a row has one class", {"transfer"}, cells={"packed"}),
     Limit(REFUSED, "does not keep packed documents apart", families={"mamba"}, cells={"packed"}),
+    Limit(REFUSED, "an encoder-decoder's rows are not packed", families=SEQ2SEQ, cells={"packed"}),
+    Limit(REFUSED, "takes no positions, so that rows cannot be padded on the left", None, COUNTING, {"left-padded"}),
     Limit(NOT_APPLICABLE, "an encoder does not generate", families=ENCODERS, cells={"cached generation"}),
     Limit(NOT_APPLICABLE, "a classifier does not generate", {"transfer"}, cells={"cached generation"}),
 )
@@ -161,11 +177,13 @@ def outcome(technique: str, family: str, cell: str) -> tuple[str, str]:
 
 
 THROUGH = (
-    "Any other decoder or encoder that transformers loads runs by transformers' own code with burnish's projections in "
-    "it; module paths are transformers' own. The models below stand for it, and the same tests run on them. What "
-    "differs from a native family:",
+    "Any other decoder, encoder or encoder-decoder that transformers loads runs by transformers' own code with "
+    "burnish's projections in it; module paths are transformers' own. The models below stand for it, and the same "
+    "tests run on them. What differs from a native family:",
     "",
-    "- encoder-decoders, code that a checkpoint brings, and models whose body takes no embeddings are refused;",
+    "- code that a checkpoint brings and models whose body takes no embeddings are refused, and encoder-decoders whose "
+    "sides have an embedding each; an encoder-decoder counts positions by itself, so that its rows are padded on the "
+    "right and have no prefix, and its encoder alone gets no new head;",
     "- a projection whose weight its layer reads directly (all of Mamba's but `in_proj`) stays as it is, and so do "
     "experts that transformers keeps as one tensor (Mixtral); checkpoints that store them in another layout are read "
     "and written through transformers;",

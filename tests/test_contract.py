@@ -20,13 +20,13 @@ from burnish import chain
 from burnish.chain import TECHNIQUES, Context, Model, TechniqueSpec, forward
 from burnish.config import UserError
 from burnish.engine.loss import loss_sum
-from burnish.engine.order import encode, pad_id
+from burnish.engine.order import collated, encode, packed
 from burnish.engine.settings import TrainConfig
 from burnish.engine.train import train
 from burnish.model.example import IGNORE, Example
 from burnish.model.families import FAMILIES
+from burnish.model.spec import Head
 from burnish.model.surgery import linears
-from burnish.store.batch import collate, collate_packed
 from burnish.store.checkpoint import load, save
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
@@ -47,8 +47,8 @@ class Case:
     def spec(self) -> TechniqueSpec:
         return {self.technique: ROWS[self.technique].options}
 
-    def base(self, *before: TechniqueSpec) -> Model:
-        model = load(self.folder)
+    def base(self, *before: TechniqueSpec, head: Head | None = None) -> Model:
+        model = load(self.folder, head=head)
         return chain.apply(model, before) if before else model
 
     def model(self, *before: TechniqueSpec) -> Model:
@@ -65,7 +65,7 @@ class Case:
         for number, (size, soft) in enumerate(zip((9, 5, 7, 6), soft_lengths, strict=True)):
             ids = torch.randint(6, 50, (size,), generator=draw).tolist()
             labels = [IGNORE] * (size - COMPLETION) + ids[-COMPLETION:]
-            if not model.spec.causal:  # [CLS] words [SEP], one word masked
+            if model.spec.kind == "encoder":  # [CLS] words [SEP], one word masked
                 ids, labels = [3, *ids, 4], [IGNORE, *labels[:-1], IGNORE, IGNORE]
                 ids = [5 if label != IGNORE else token for token, label in zip(ids, labels, strict=True)]
             example = Example(ids, labels, fields={"word": "cat"})
@@ -89,7 +89,7 @@ def outputs(model: Model, batch: dict[str, Tensor]) -> list[Tensor]:
 
 
 def alone(model: Model, examples: list[Example]) -> list[Tensor]:
-    return [outputs(model, collate([example], pad_id(model)))[0] for example in examples]
+    return [outputs(model, collated(model, [example]))[0] for example in examples]
 
 
 @torch.no_grad()
@@ -123,7 +123,8 @@ def basics(case: Case, *before: TechniqueSpec) -> None:
 def check_start(case: Case, *before: TechniqueSpec) -> None:
     base, model, start = case.base(*before), case.model(*before), ROWS[case.technique].start
     if start == "hidden":
-        batch = collate(case.documents(model), pad_id(model))
+        base = case.base(*before, head="none") if base.spec.paired else base  # of which the encoder stays
+        batch = collated(model, case.documents(model))
         with torch.no_grad():
             torch.testing.assert_close(forward(model, batch), forward(base, batch), atol=0, rtol=0)
         return
@@ -142,7 +143,7 @@ def check_start(case: Case, *before: TechniqueSpec) -> None:
 
 
 def check_gradients(model: Model, examples: list[Example]) -> None:
-    batch = collate(examples, pad_id(model))
+    batch = collated(model, examples)
     trainable = model.trainable()
     if not trainable:
         with pytest.raises(UserError, match="no parameter trains"):
@@ -207,9 +208,9 @@ def check_left_padded(case: Case) -> None:
     examples = case.documents(model)
     want = alone(model, examples)
     with torch.no_grad():
-        losses = [loss_sum(model, collate([example], pad_id(model))) for example in examples]
+        losses = [loss_sum(model, collated(model, [example])) for example in examples]
         for side in ("left", "right"):
-            batch = collate(examples, pad_id(model), side, multiple_of=8)
+            batch = collated(model, examples, side, multiple_of=8)
             assert_close(outputs(model, batch), want)
             loss, count = loss_sum(model, batch)
             assert count == sum(n for _, n in losses)
@@ -220,28 +221,35 @@ def check_packed(case: Case) -> None:
     model = disturb(case.model())
     first, neighbour, *others = case.documents(model)
     assert len({len(example.ids) for example in (first, neighbour, *others)}) > 2
-    batch = collate_packed([[first, neighbour, others[0]], others[1:]], pad_id(model), 48)
+    batch = packed(model, [[first, neighbour, others[0]], others[1:]], 48)
     got = outputs(model, batch)
     assert_close(got, alone(model, [first, neighbour, *others]))
     with torch.no_grad():
-        parts = [loss_sum(model, collate([e], pad_id(model)))[0] for e in (first, neighbour, *others)]
+        parts = [loss_sum(model, collated(model, [e]))[0] for e in (first, neighbour, *others)]
         torch.testing.assert_close(loss_sum(model, batch)[0], sum(parts), **CLOSE)
     changed = replace(neighbour, ids=[token and 6 + (token + 7) % 40 for token in neighbour.ids])
-    perturbed = outputs(model, collate_packed([[first, changed, others[0]], others[1:]], pad_id(model), 48))
+    perturbed = outputs(model, packed(model, [[first, changed, others[0]], others[1:]], 48))
     assert not torch.equal(perturbed.pop(1), got.pop(1))
     assert_equal(perturbed, got)
 
 
+def part(batch: dict[str, Tensor], start: int, end: int) -> dict[str, Tensor]:
+    """Some columns of a batch; sources come whole, with the first."""
+    sources = {name: t for name, t in batch.items() if name.startswith("source_")}
+    columns = {name: t[:, start:end] for name, t in batch.items() if name not in sources}
+    return {**columns, **(sources if start == 0 else {})}
+
+
 def check_cached_generation(case: Case) -> None:
     model = disturb(case.model())
-    batch = collate(case.documents(model), pad_id(model), "left")
+    batch = collated(model, case.documents(model), "right" if model.spec.paired else "left")
     mask, width = batch["attention_mask"], batch["input_ids"].shape[1]
     with torch.no_grad():
         whole = model.net.logits(forward(model, batch))
         cache = model.net.new_cache(len(mask), width + 4)
         starts = [0, *range(width - COMPLETION, width + 1)]  # the prompts, then one token at a time
         pieces = [
-            model.net.logits(forward(model, {name: t[:, start:end] for name, t in batch.items()}, cache))
+            model.net.logits(forward(model, part(batch, start, end), cache))
             for start, end in zip(starts, starts[1:], strict=False)
         ]
     torch.testing.assert_close(torch.cat(pieces, dim=1)[mask], whole[mask], **CLOSE)

@@ -18,6 +18,8 @@ GROUPED = {**SHAPE, **COMMON, "num_key_value_heads": 2}
 OLD_SHAPE = {"vocab_size": 80, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 GEMMA = {**GROUPED, "head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 4}
 BIASED = {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True}
+PAIRED = {"vocab_size": 80, "d_model": 32, "d_kv": 6, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+PAIRED |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "decoder_start_token_id": 0}
 CONFIGS = {  # family -> (transformers' class names without their ends, its config)
     "llama": ("Llama", GROUPED),
     "mistral": ("Mistral", {**GROUPED, "sliding_window": 4}),
@@ -31,16 +33,20 @@ CONFIGS = {  # family -> (transformers' class names without their ends, its conf
     "gpt_neox": ("GPTNeoX", {**SHAPE, **COMMON}),
     "falcon": ("Falcon", {**SHAPE, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
     "mpt": ("Mpt", {"vocab_size": 80, "d_model": 36, "n_layers": 2, "n_heads": 6, "max_seq_len": 64}),
+    "t5": ("T5", {**PAIRED, "feed_forward_proj": "relu"}),
+    "mt5": ("MT5", {**PAIRED, "feed_forward_proj": "gated-gelu", "num_layers": 1}),
     "bert": ("Bert", {**SHAPE, **COMMON, "type_vocab_size": 2}),
 }
 ENDS = {"lm": "ForCausalLM", "masked_lm": "ForMaskedLM", "classification": "ForSequenceClassification", "none": "Model"}
+PAIRED_ENDS = {"lm": "ForConditionalGeneration", "none": "EncoderModel"}
 EXCEPTIONS = {("gpt2", "lm"): "GPT2LMHeadModel", ("gemma3_text", "lm"): "Gemma3ForCausalLM"}
-FAMILIES = tuple(CONFIGS)
+SEQ2SEQ = ("t5", "mt5")
+FAMILIES = tuple(family for family in CONFIGS if family not in SEQ2SEQ)
 DECODERS = tuple(family for family in FAMILIES if family != "bert")
 
 
 def tokenizer(kind: str = "decoder"):
-    """A word-level tokenizer of the words above, with BERT's special tokens for encoders."""
+    """A word-level tokenizer of the words above, with BERT's special tokens for encoders and T5's end for pairs."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -57,6 +63,8 @@ def tokenizer(kind: str = "decoder"):
         names |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     else:
         names |= {"eos_token": "<eos>"}
+    if kind == "seq2seq":
+        fast.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=fast, **names)
 
 
@@ -68,7 +76,7 @@ def reference(family: str, head: str = "", **changes):
     name, kwargs = CONFIGS[family]
     config = getattr(t, f"{name}Config")(**{**kwargs, **changes})
     head = head or ("masked_lm" if family == "bert" else "lm")
-    model = EXCEPTIONS.get((family, head), name + ENDS[head])
+    model = EXCEPTIONS.get((family, head), name + (PAIRED_ENDS if family in SEQ2SEQ else ENDS)[head])
     config.pad_token_id, config.eos_token_id, config.bos_token_id = 0, 1, 1
     model = getattr(t, model)(config)
     with torch.no_grad():
@@ -80,7 +88,8 @@ def reference(family: str, head: str = "", **changes):
 def write(folder: Path, model) -> Path:
     """A Hugging Face folder of a model that `reference` gave."""
     model.save_pretrained(folder)
-    tokenizer("encoder" if model.config.model_type == "bert" else "decoder").save_pretrained(folder)
+    kinds = {"bert": "encoder", **dict.fromkeys(SEQ2SEQ, "seq2seq")}
+    tokenizer(kinds.get(model.config.model_type, "decoder")).save_pretrained(folder)
     return folder
 
 

@@ -29,9 +29,18 @@ CONFIGS = {  # model type -> (transformers' class names without their ends, its 
         {"vocab_size": 80, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 64},
     ),
 }
+PAIR = {"vocab_size": 80, "d_model": 32, "max_position_embeddings": 64, "decoder_start_token_id": 1}
+for side in ("encoder", "decoder"):
+    PAIR |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 48}
+CONFIGS |= {
+    "bart": ("Bart", {**PAIR, "decoder_layers": 1, "forced_eos_token_id": None}),
+    "pegasus": ("Pegasus", {**PAIR, "scale_embedding": True, "forced_eos_token_id": None}),
+    "m2m_100": ("M2M100", {**PAIR, "scale_embedding": True, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}),
+}
+PAIRS = ("bart", "pegasus", "m2m_100")
 ENCODERS = ("roberta", "electra", "distilbert")
-DECODERS = tuple(name for name in CONFIGS if name not in ENCODERS)
-CONTRACT = ("stablelm", "cohere", "gptj", "mamba", "roberta", "electra")  # on which every technique is tested
+DECODERS = tuple(name for name in CONFIGS if name not in (*ENCODERS, *PAIRS))
+CONTRACT = ("stablelm", "cohere", "gptj", "mamba", "roberta", "electra", "bart", "m2m_100")  # every technique is tested
 ENDS = {"lm": "ForCausalLM", "masked_lm": "ForMaskedLM", "classification": "ForSequenceClassification", "none": "Model"}
 
 
@@ -45,6 +54,7 @@ def reference(family: str, head: str = "", **changes):
     config.pad_token_id, config.eos_token_id, config.bos_token_id = 0, 1, 1
     head = head or ("masked_lm" if family in ENCODERS else "lm")
     end = "LMHeadModel" if (family, head) == ("openai-gpt", "lm") else ENDS[head]
+    end = "ForConditionalGeneration" if family in PAIRS else end
     model = getattr(transformers, name + end)(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -57,5 +67,6 @@ def folder(root: Path, family: str, head: str = "") -> Path:
     """A Hugging Face folder of the tiny model, made once per `root`."""
     path = root / f"{family}-{head or 'default'}"
     reference(family, head).save_pretrained(path)
-    tiny.tokenizer("encoder" if family in ENCODERS else "decoder").save_pretrained(path)
+    kind = "encoder" if family in ENCODERS else "seq2seq" if family in PAIRS else "decoder"
+    tiny.tokenizer(kind).save_pretrained(path)
     return path

@@ -58,7 +58,7 @@ def quality(job: Job) -> dict[str, Any]:
     seeds = job["seeds"] if job["train"] is not None else job["seeds"][:1]
     for seed in seeds:
         torch.manual_seed(seed)
-        model = load(job["model"], device=device.pick_device())
+        model = load(job["model"], device=device.pick_device(), techniques=job["techniques"])
         chain.apply(model, job["techniques"], Context(seed=seed))
         result = result or parameters(model)
         if job["train"] is not None:
@@ -85,7 +85,7 @@ def fit(job: Job) -> dict[str, Any]:
     """Apply the chain, take two training steps of `shape` [rows, tokens] where something trains, save."""
     before = device.resident_memory()
     device.reset_peak_memory()
-    model = load(job["model"], device=device.pick_device())
+    model = load(job["model"], device=device.pick_device(), techniques=job["techniques"])
     chain.apply(model, job["techniques"])
     result: dict[str, Any] = {"train_memory_bytes": None}
     if model.trainable() and job["train"] is not None:
@@ -94,7 +94,8 @@ def fit(job: Job) -> dict[str, Any]:
         ids = torch.randint(5, model.spec.vocab_size, (2 * rows, tokens), generator=generator).tolist()
         label = 0 if model.spec.head == "classification" else None
         fields = {"prompt": "", "completion": ""}
-        examples = [Example(row, [-100, *row[1:]], dict(fields), label=label) for row in ids]
+        known = tokens // 2 if model.spec.paired else 1
+        examples = [Example(row, [-100] * known + row[known:], dict(fields), label=label) for row in ids]
         settings = {**job["train"], "max_steps": 2, "per_device_train_batch_size": rows, "logging_steps": 1}
         began = time.perf_counter()
         train(model, examples, from_mapping(TrainConfig, settings, "row"))

@@ -10,10 +10,9 @@ import torch
 
 from burnish import chain, device
 from burnish.engine.generate import GenerationConfig, generate
-from burnish.engine.order import encode, pad_id
+from burnish.engine.order import collated, encode
 from burnish.model.bundle import Model
 from burnish.model.example import IGNORE, Example
-from burnish.store.batch import collate
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def latency(model: Model, config: LatencyConfig = LatencyConfig()) -> dict[str, 
     ids = torch.randint(low, model.spec.vocab_size, (config.prompt_tokens,), generator=generator).tolist()
     example = Example(ids, [IGNORE] * len(ids), fields={"prompt": ""})
     model.net.eval()
-    if model.spec.causal and model.spec.head == "lm":
+    if model.spec.generates:
         count = config.new_tokens
         settings = GenerationConfig(max_new_tokens=count, min_new_tokens=count)
 
@@ -45,7 +44,7 @@ def latency(model: Model, config: LatencyConfig = LatencyConfig()) -> dict[str, 
             generate(model, [example], settings)
     else:
         count = config.prompt_tokens
-        batch = collate(encode(model, [example]), pad_id(model))
+        batch = collated(model, encode(model, [example]))
 
         @torch.inference_mode()
         def request() -> None:

@@ -14,10 +14,9 @@ from burnish import chain
 from burnish.bench.tasks import Metric, Task, load_task, parse_task
 from burnish.config import UserError
 from burnish.engine.loss import evaluate
-from burnish.engine.order import encode, pad_id
+from burnish.engine.order import collated, encode
 from burnish.model.bundle import Model
 from burnish.model.example import IGNORE, Example
-from burnish.store.batch import collate
 from burnish.store.checkpoint import load
 
 BATCH = 64
@@ -67,7 +66,7 @@ def answered(model: Model, examples: Sequence[Example]) -> list[bool]:
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
-        batch = collate([examples[i] for i in chosen], pad_id(model), multiple_of=8)
+        batch = collated(model, [examples[i] for i in chosen], multiple_of=8)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         hidden = chain.forward(model, batch)
         if "label" in batch:
@@ -76,7 +75,7 @@ def answered(model: Model, examples: Sequence[Example]) -> list[bool]:
                 right[i] = good
             continue
         labels = batch["labels"]
-        if net.spec.causal:
+        if net.spec.generates:
             hidden, labels = hidden[:, :-1], labels[:, 1:]
         judged = labels != IGNORE
         for end in ends:

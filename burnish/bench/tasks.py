@@ -62,7 +62,8 @@ class Task:
                 rows, model.tokenizer, columns, label, self.label_names, config.max_length, self.name
             )
             return found
-        return encode_rows(rows, model.tokenizer, config.max_length, where=self.name, columns=config.columns or None)
+        names, paired = config.columns or None, model.spec.paired
+        return encode_rows(rows, model.tokenizer, config.max_length, where=self.name, columns=names, paired=paired)
 
 
 def parse_task(item: str | Mapping[str, Any]) -> TaskConfig:

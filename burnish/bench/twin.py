@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from burnish.model.bundle import Model
+from burnish.model.bundle import Model, build
 from burnish.model.families import read_spec
-from burnish.model.transformer import Transformer
 from burnish.store.checkpoint import load, save
 
 SHAPE: dict[str, Any] = {
@@ -34,7 +33,7 @@ SHAPE: dict[str, Any] = {
 def write_twin(folder: Path, tokenizer_of: str, shape: dict[str, Any] = SHAPE) -> Path:
     """Write a random bfloat16 checkpoint of `shape` (a Llama of 134M parameters) with another model's tokenizer."""
     with torch.device("meta"):
-        net = Transformer(read_spec(shape))
+        net = build(read_spec(shape), shape)
     torch.manual_seed(0)
     for name, parameter in list(net.named_parameters()):
         module, _, leaf = name.rpartition(".")

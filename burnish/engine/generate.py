@@ -20,9 +20,8 @@ from burnish import chain
 from burnish.chain import Model
 from burnish.config import UserError
 from burnish.engine import sampling
-from burnish.engine.order import encode, pad_id
+from burnish.engine.order import collated, encode
 from burnish.model.example import IGNORE, Example
-from burnish.store.batch import collate
 from burnish.store.data import encode_prompt
 
 Prompt = str | Sequence[Mapping[str, Any]] | Example
@@ -45,7 +44,9 @@ class GenerationConfig:
     temperature: float = _field(1.0, "when sampling: below 1 sharper, above 1 flatter")
     top_k: int = _field(0, "when sampling: only the k most likely tokens; 0: all")
     top_p: float = _field(1.0, "when sampling: only the most likely tokens that together reach this probability")
-    repetition_penalty: float = _field(1.0, "above 1 makes tokens of the prompt and the reply less likely")
+    repetition_penalty: float = _field(
+        1.0, "above 1 makes tokens of the reply, and of a prompt it goes on, less likely"
+    )
     stop: list[str] = field(
         default_factory=list, metadata={"help": 'texts that end the reply and are left off, as in ["\\n", "User:"]'}
     )
@@ -109,16 +110,18 @@ def stream(model: Model, prompts: Sequence[Prompt], config: GenerationConfig = G
     """Every token as it comes, `config.batch_size` prompts at a time, those of like length together.
 
     A prompt is a text, a list of messages for the chat template, or an `Example`, of which the part before its
-    first label is continued. A model without a tokenizer takes examples and gives no text. The model is in
-    evaluation mode until the iterator ends or is closed.
+    first label is continued, or is an encoder-decoder's source. A model without a tokenizer takes examples and gives
+    no text. The model is in evaluation mode until the iterator ends or is closed.
 
-    Raises UserError, before the first token, for a model that is no decoder with a language-model head, for a
+    Raises UserError, before the first token, for a model without a decoder or a language-model head, for a
     prompt that cannot be encoded or is empty, and where learned positions do not reach.
     """
     spec = model.spec
-    if not spec.causal or spec.head != "lm":
+    if not spec.generates:
         what = f"{spec.family} {spec.kind} with the head '{spec.head}'"
-        raise UserError(f"model: a {what} cannot continue text; use a decoder with a language-model head")
+        raise UserError(
+            f"model: a {what} cannot continue text; use a decoder, or an encoder-decoder, with a language-model head"
+        )
     if isinstance(prompts, str):
         raise UserError("prompts: a list of prompts is needed, not one text; put it in brackets")
     examples = encode(model, [_example(model, prompt) for prompt in prompts])
@@ -142,6 +145,12 @@ def eos_ids(model: Model) -> set[int]:
     listed = model.generation_config.get("eos_token_id")
     found = {getattr(model.tokenizer, "eos_token_id", None), *(listed if isinstance(listed, list) else [listed])}
     return {token for token in found if token is not None}
+
+
+def first_id(model: Model) -> int | None:
+    """The token that an encoder-decoder's text begins with, where its configs name one (BART's)."""
+    name = "forced_bos_token_id"
+    return model.generation_config.get(name, model.hf_config.get(name)) if model.spec.paired else None
 
 
 def _ends(model: Model, stop: Sequence[str]) -> dict[int, FinishReason]:
@@ -169,7 +178,7 @@ def chat_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Exampl
 def _example(model: Model, prompt: Prompt) -> Example:
     """The prompt's tokens, nothing of which is a target."""
     if isinstance(prompt, str):
-        given = encode_prompt(model.tokenizer, prompt)
+        given = encode_prompt(model.tokenizer, prompt, model.spec.paired)
     elif isinstance(prompt, Example):
         given = prompt
     else:
@@ -246,7 +255,8 @@ class _Row:
         self.prompt = [token for token, slot in zip(example.ids, slots, strict=True) if slot < 0]
         self.draws = sampling.Draws(config.seed, self.prompt, copies[tuple(self.prompt)])
         copies[tuple(self.prompt)] += 1
-        self.words = Detokenizer(model.tokenizer, self.prompt, config.stop)
+        before = [] if model.spec.paired else self.prompt
+        self.words = Detokenizer(model.tokenizer, before, config.stop)
         self.ids: list[int] = []
         self.texts: list[str] = []
         self.done: Generation | None = None
@@ -268,8 +278,9 @@ class _Row:
 
 
 def _batch(model: Model, rows: Sequence[_Row]) -> tuple[dict[str, Tensor], int]:
-    """The prompts as a left-padded batch on the model's device, and the length of the prefix before it."""
-    batch = collate([row.example for row in rows], pad_id(model), side="left")
+    """The prompts as a batch on the model's device, which ends with them, and the length of the prefix before it."""
+    side = "right" if model.spec.paired else "left"  # targets begin with one token each
+    batch = collated(model, [row.example for row in rows], side)
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     return batch, max((hook(batch).size for hook in chain.hooks(model, "initial_cache")), default=0)
 
@@ -277,7 +288,8 @@ def _batch(model: Model, rows: Sequence[_Row]) -> tuple[dict[str, Tensor], int]:
 @torch.inference_mode()
 def _check_positions(model: Model, longest: _Row, config: GenerationConfig) -> None:
     prompt, room = _batch(model, [longest])[1] + len(longest.example.ids), model.spec.max_positions
-    if prompt + config.max_new_tokens > room:
+    last = max(prompt, config.max_new_tokens) if model.spec.paired else prompt + config.max_new_tokens
+    if last > room:
         raise UserError(
             f"prompt {longest.index + 1}: {prompt} tokens and max_new_tokens={config.max_new_tokens} exceed the"
             f" model's {room} positions; shorten the prompt or lower max_new_tokens"
@@ -305,15 +317,19 @@ def _advance(
     batch, prefix = _batch(model, rows)
     capacity = prefix + batch["input_ids"].shape[1] + config.max_new_tokens - 1  # the last token is not fed
     cache = net.new_cache(len(rows), capacity)
+    forced = first_id(model)
     seen = None
     if config.repetition_penalty != 1:
         seen = torch.zeros(len(rows), model.spec.vocab_size, dtype=torch.bool, device=model.device)
         for line, row in zip(seen, rows, strict=True):
-            line[row.prompt] = True
+            line[[] if model.spec.paired else row.prompt] = True
     for step in range(config.max_new_tokens):
         logits = net.logits(chain.forward(model, batch, cache)[:, -1]).float()  # (B, V)
         if seen is not None:
             logits = sampling.repetition_penalty(logits, seen, config.repetition_penalty)
+        if step == 0 and forced is not None:
+            logits = torch.full_like(logits, sampling.NEVER)
+            logits[:, forced] = 0.0
         if step < config.min_new_tokens:
             logits[:, [token for token, reason in ends.items() if reason == "eos"]] = sampling.NEVER
         if config.do_sample:

@@ -11,13 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from burnish import chain
 from burnish.chain import Model
-from burnish.engine.order import pad_id
+from burnish.engine.order import collated
 from burnish.kernels.cross_entropy import linear_cross_entropy
 from burnish.model.example import IGNORE, Example
 from burnish.model.linear import Linear
 from burnish.model.network import Network
 from burnish.model.transformer import Transformer
-from burnish.store.batch import collate
 
 ROWS_PER_CHUNK = 256  # for a head that is more than one Linear
 
@@ -25,7 +24,7 @@ ROWS_PER_CHUNK = 256  # for a head that is more than one Linear
 def loss_sum(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     """(cross-entropy summed over the targets of a collated batch, their number).
 
-    A decoder predicts the next token, a masked language model the token in place; a batch with `label` (B,)
+    A decoder's states predict the next token, a masked language model the token in place; a batch with `label` (B,)
     is classified.
     """
     net = model.net
@@ -35,7 +34,7 @@ def loss_sum(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         classes = batch["label"]
         return F.cross_entropy(logits.float(), classes, reduction="sum"), int((classes != IGNORE).sum())
     labels = batch["labels"]
-    if net.spec.causal:
+    if net.spec.generates:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
     kept = labels != IGNORE
     return _head_loss(net, hidden[kept], labels[kept])
@@ -65,7 +64,7 @@ def evaluate(model: Model, examples: Sequence[Example], batch_size: int = 8) -> 
         by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
         for start in range(0, len(by_length), batch_size):
             chosen = [examples[index] for index in by_length[start : start + batch_size]]
-            batch = collate(chosen, pad_id(model), multiple_of=8)
+            batch = collated(model, chosen, multiple_of=8)
             part, targets = loss_sum(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
             loss, count = loss + part, count + targets
         return loss.item() / count if count else float("nan")

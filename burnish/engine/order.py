@@ -10,9 +10,10 @@ from torch import Tensor
 
 from burnish import chain
 from burnish.chain import Model
+from burnish.config import UserError
 from burnish.engine.settings import TrainConfig
 from burnish.model.example import Example
-from burnish.store.batch import collate, collate_packed, pack
+from burnish.store.batch import collate, collate_packed, collate_pairs, pack
 
 
 def encode(model: Model, examples: Sequence[Example]) -> Sequence[Example]:
@@ -28,13 +29,26 @@ def pad_id(model: Model) -> int:
     return getattr(model.tokenizer, "pad_token_id", None) or 0
 
 
+def collated(model: Model, examples: Sequence[Example], side: str = "right", multiple_of: int = 1) -> dict[str, Tensor]:
+    """A batch of encoded examples as the model takes it: `collate`'s, or `collate_pairs`'s for an encoder-decoder."""
+    spec = model.spec
+    if spec.paired:
+        return collate_pairs(examples, pad_id(model), spec.decoder_start, side, multiple_of)
+    return collate(examples, pad_id(model), side, multiple_of)
+
+
+def packed(model: Model, rows: Sequence[Sequence[Example]], max_length: int) -> dict[str, Tensor]:
+    """A batch of packed rows. Raises UserError for an encoder-decoder."""
+    if model.spec.paired:
+        raise UserError("packing: an encoder-decoder's rows are not packed; set packing: false")
+    return collate_packed(rows, pad_id(model), max_length)
+
+
 class Order:
     """Which examples make which step: a function of (seed, epoch) alone."""
 
     def __init__(self, model: Model, examples: Sequence[Example], config: TrainConfig):
-        self.examples = examples
-        self.config = config
-        self.pad_id = pad_id(model)
+        self.model, self.examples, self.config = model, examples, config
 
     def epoch(self, number: int) -> list[list[list[Any]]]:
         """Steps of micro-batches of rows; a row is an index, or the examples packed into it."""
@@ -47,8 +61,8 @@ class Order:
 
     def batch(self, rows: list[Any]) -> dict[str, Tensor]:
         if self.config.packing:
-            return collate_packed(rows, self.pad_id, self.config.max_length)
-        return collate([self.examples[index] for index in rows], self.pad_id, multiple_of=8)
+            return packed(self.model, rows, self.config.max_length)
+        return collated(self.model, [self.examples[index] for index in rows], multiple_of=8)
 
 
 def _split(items: list[Any], size: int) -> list[list[Any]]:

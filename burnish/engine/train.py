@@ -167,7 +167,7 @@ class _Run:
         loss, targets = torch.zeros((), dtype=torch.float64, device=self.model.device), 0
         for rows in group:
             batch = self.order.batch(rows)
-            done.tokens += int(batch["attention_mask"].sum())
+            done.tokens += sum(int(mask.sum()) for name, mask in batch.items() if name.endswith("attention_mask"))
             part, count = self.loss({name: tensor.to(self.model.device) for name, tensor in batch.items()})
             part.backward()
             loss, targets = loss + part.detach(), targets + count

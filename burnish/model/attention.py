@@ -8,6 +8,7 @@ sliding window see: keys less than `sliding_window` positions back, and a prefix
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from burnish.model.cache import KVCache, Prefix
 from burnish.model.linear import Linear
 from burnish.model.norm import norm
-from burnish.model.positions import alibi_slopes, rotate
+from burnish.model.positions import alibi_slopes, relative_buckets, rotate
 from burnish.model.spec import Spec
 
 
@@ -25,7 +26,7 @@ class Frame:
     """What the layers share in one forward over (batch, length) tokens.
 
     `mask` is None, a bool (B, 1, T, S), or an additive bias (B, heads, T, S); `causal` asks for the plain causal
-    triangle and then `mask` is None.
+    triangle and then `mask` is None. `source` is what an encoder-decoder's layers attend to.
     """
 
     batch: int
@@ -35,6 +36,13 @@ class Frame:
     rotary: tuple[Tensor, Tensor] | None
     cache: KVCache | None
     prefix: Prefix | None
+    source: Any = None
+
+    def flat(self, x: Tensor) -> Tensor:
+        return x.reshape(self.batch * self.length, *x.shape[2:])
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x.view(self.batch, self.length, *x.shape[1:])
 
 
 def visibility(
@@ -45,17 +53,19 @@ def visibility(
     cache: KVCache | None,
     prefix: Prefix | None,
     dtype: torch.dtype,
+    relative: Tensor | None = None,
 ) -> tuple[Tensor | None, bool]:
     """(mask, causal) of a `Frame` for queries at `positions` (B, T).
 
     valid: (B, T) real tokens, None for all. segments: (B, T) document numbers, tokens of different documents do not
     see each other. A query that would see nothing (padding) sees itself, so that no row of the softmax is empty.
+    relative: (buckets, heads), what is added to the scores by the distance's bucket.
     """
     batch, length = positions.shape
     device = positions.device
-    alibi = spec.positions == "alibi"
+    biased = spec.positions in ("alibi", "relative")
     fresh = cache is None or cache.length == length
-    if valid is None and segments is None and prefix is None and not alibi:
+    if valid is None and segments is None and prefix is None and not biased:
         if fresh:
             return None, spec.causal and length > 1
         if length == 1 and not cache.holes:  # type: ignore[union-attr]
@@ -86,14 +96,17 @@ def visibility(
         shown = index >= prefix.size - lengths[..., None]
         seen = torch.cat((shown, seen), dim=2)
     mask = seen[:, None]
-    if not alibi:
+    if not biased:
         return mask, False
     key_positions = key_positions[:, None, :].expand(batch, length, -1)
     if prefix is not None:
         key_positions = torch.cat((index - (prefix.size - lengths[..., None]), key_positions), dim=2)
-    distance = (key_positions - positions[:, :, None]).to(torch.float32)
-    slopes = spec.alibi_scale * alibi_slopes(spec.num_heads).to(device)
-    bias = slopes[None, :, None, None] * distance[:, None]
+    distance = key_positions - positions[:, :, None]
+    if relative is not None:
+        bias = F.embedding(relative_buckets(spec, distance), relative).permute(0, 3, 1, 2)
+    else:
+        slopes = spec.alibi_scale * alibi_slopes(spec.num_heads).to(device)
+        bias = slopes[None, :, None, None] * distance[:, None].to(torch.float32)
     return bias.masked_fill(~mask, float("-inf")).to(dtype), False
 
 

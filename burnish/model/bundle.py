@@ -12,6 +12,7 @@ from torch import Tensor
 from burnish.model.families import FAMILIES
 from burnish.model.linear import Weight
 from burnish.model.network import Network
+from burnish.model.seq2seq import Seq2Seq
 from burnish.model.spec import Spec
 from burnish.model.transformer import Transformer
 
@@ -19,10 +20,11 @@ from burnish.model.transformer import Transformer
 def build(spec: Spec, hf_config: dict[str, Any]) -> Network:
     """The network of a spec that `read_spec` gave: the native one, or transformers' own."""
     if spec.family in FAMILIES:
-        return Transformer(spec)
+        return Seq2Seq(spec) if spec.paired else Transformer(spec)
     from burnish.model.fallback import Foreign
+    from burnish.model.fallback_pair import ForeignPair
 
-    return Foreign(spec, hf_config)
+    return (ForeignPair if spec.paired else Foreign)(spec, hf_config)
 
 
 @dataclass

@@ -7,6 +7,7 @@ that stands before every row (prefix tuning) and carries gradients.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class KVCache:
     """Per-layer keys and values of shape (B, kv_heads, capacity, head_dim), filled from slot 0 on.
 
     `valid` (B, capacity) marks slots that hold a real token, `positions` (B, capacity) their position; the first
-    `prefix` slots hold a prefix.
+    `prefix` slots hold a prefix. `source` is what the rows of an encoder-decoder attend to.
     """
 
     def __init__(self, spec: Spec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
@@ -46,6 +47,7 @@ class KVCache:
         self.positions = torch.zeros(batch, capacity, dtype=torch.long, device=device)
         self.length = 0
         self.prefix = 0
+        self.source: Any = None
         self.holes = False  # whether some filled slot of some row holds no token
 
     @property
@@ -88,3 +90,4 @@ class KVCache:
         """Keep or reorder rows: `rows` (B',) indexes the batch dimension."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.valid, self.positions = self.valid[rows], self.positions[rows]
+        self.source = self.source and self.source.select(rows)

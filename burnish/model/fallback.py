@@ -36,10 +36,8 @@ class Cache(KVCache):
     """transformers' cache, with what burnish knows of its slots."""
 
     def __init__(self, net: Foreign, rows: int, capacity: int):
-        from transformers import DynamicCache
-
         super().__init__(replace(net.spec, num_layers=0), rows, capacity, net.dtype, net.embed_tokens.weight.device)
-        self.states: Any = DynamicCache(config=net.hf.config)
+        self.states: Any = net.new_states()
 
     def load(self, prefix: Prefix) -> None:
         super().load(Prefix(prefix.keys[:0], prefix.values[:0], prefix.lengths))
@@ -78,13 +76,13 @@ class Given(nn.Module):
 class Foreign(Network):
     """A transformers model as a Network. It has the model's own children, so that paths are the model's.
 
-    `hf` is the model, `root` the path of its body and `stack` that of the layers in it (None: no list of them);
+    `hf` is the model, `root` the path of its body and `stacks` those of the lists of layers in it (there may be none);
     `accepts` are the names that the body's forward takes.
     """
 
     hf: Any
     root: str
-    stack: str | None
+    stacks: tuple[str, ...]
     accepts: set[str]
 
     def __init__(self, spec: Spec, hf_config: dict[str, Any]):
@@ -94,12 +92,17 @@ class Foreign(Network):
         self.apart: bool | None = None  # whether packed documents stay apart, once it was tried
         hf = construct(read_config(hf_config), spec.head)
         self.names = set(hf.base_model.state_dict())  # of the body, before it is changed
-        lists = {path: m for path, m in hf.base_model.named_modules() if isinstance(m, nn.ModuleList)}
-        self.stack = next((path for path, layers in lists.items() if len(layers) == spec.num_layers), None)
-        self.transposed = replace_projections(hf.base_model, f"{self.stack}." if self.stack else "")
+        self.stacks = self.find_stacks(hf.base_model, spec)
+        self.transposed = replace_projections(hf.base_model, tuple(f"{path}." for path in self.stacks) or ("",))
         self.adopt(hf, spec, nn.ModuleDict())
         if "inputs_embeds" not in self.accepts or "state" in self.accepts:
             raise UserError(f"config.json: a {spec.family} model takes its inputs or states in a way of its own")
+
+    @staticmethod
+    def find_stacks(base: nn.Module, spec: Spec) -> tuple[str, ...]:
+        """The paths of the lists of layers in a body."""
+        lists = {path: m for path, m in base.named_modules() if isinstance(m, nn.ModuleList)}
+        return tuple(path for path, layers in lists.items() if len(layers) == spec.num_layers)[:1]
 
     def adopt(self, hf: Any, spec: Spec, techniques: nn.ModuleDict) -> None:
         """Become the network around `hf`."""
@@ -113,7 +116,7 @@ class Foreign(Network):
         if hf.config.pad_token_id is None:
             hf.config.pad_token_id = 0  # heads ask for one; what is padding, the mask tells
         self.root = "" if hf.base_model is hf else f"{hf.base_model_prefix}."
-        self.body = self.root + (f"{self.stack}." if self.stack else "")
+        self.body = tuple(f"{self.root}{path}." for path in self.stacks) or (self.root,)
         self.accepts = set(inspect.signature(hf.base_model.forward).parameters)
         self.stateful = "cache_params" in self.accepts
         tables = (m for path, m in hf.base_model.named_modules() if "position" in path and isinstance(m, nn.Embedding))
@@ -126,12 +129,12 @@ class Foreign(Network):
 
     @property
     def layers(self) -> nn.ModuleList:  # type: ignore[override]
-        return nn.ModuleList() if self.stack is None else self.hf.base_model.get_submodule(self.stack)
+        return self.hf.base_model.get_submodule(self.stacks[0]) if self.stacks else nn.ModuleList()
 
     @property
     def layout(self) -> Layout:
         head = [f"{path}.{name}" for path, m in self.head_paths() for name in m.state_dict()]
-        own = {name for name, _ in self.hf.named_parameters(recurse=False)} if self.root else set()
+        own = {name for name in (*self.hf._parameters, *self.hf._buffers) if self.root}
         names = {*(self.root + name for name in self.names), *head, *own}
         prefix = f"{self.hf.base_model_prefix}."
         shown = {name: name if self.root else prefix + name for name in names}
@@ -168,7 +171,7 @@ class Foreign(Network):
     def set_head(self, spec: Spec) -> None:
         from transformers.models.auto import modeling_auto
 
-        if spec.family not in getattr(modeling_auto, CLASSES[spec.head][1]):
+        if self.spec.paired or spec.family not in getattr(modeling_auto, CLASSES[spec.head][1]):
             raise UserError(f"transformers has no classifier of this kind: {spec.family} models get no new head")
         table = {str(i): f"LABEL_{i}" for i in range(spec.num_labels)}
         new = construct(read_config({**self.hf.config.to_dict(), "id2label": table, "label2id": None}), spec.head)
@@ -228,6 +231,12 @@ class Foreign(Network):
             raise UserError(f"transformers keeps no cache for {self.spec.family} models, which generation needs")
         return Cache(self, rows, capacity)
 
+    def new_states(self) -> Any:
+        """transformers' own empty cache."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.hf.config)
+
     def train(self, mode: bool = True) -> Foreign:
         self.hf.training = mode  # it is no child: its children are
         return super().train(mode)  # type: ignore[return-value]
@@ -248,15 +257,14 @@ class Foreign(Network):
         token_type_ids: Tensor | None = None,
         cache: Cache | None = None,
         prefix: Prefix | None = None,
+        source: Any = None,
     ) -> Tensor:
         """Hidden states (B, T, hidden) of T new tokens; arguments as the native network's."""
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.to(self.dtype)  # type: ignore[arg-type]
         batch, length, _ = x.shape
         valid = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
         positions = self.positions(batch, length, valid, position_ids, cache, prefix, x.device)
-        fixed = self.spec.positions == "learned" and "position_ids" not in self.accepts
-        if fixed and valid is not None and not bool(valid[:, 0].all()):
-            raise UserError(f"a {self.spec.family} model takes no positions, so that rows cannot be padded on the left")
+        self.check_padding(valid)
         if segment_ids is not None and not self.keeps_apart():
             raise UserError(
                 f"packing: this {self.spec.family} model, run by transformers, does not keep packed documents apart; "
@@ -273,10 +281,22 @@ class Foreign(Network):
             mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, torch.finfo(x.dtype).min)  # type: ignore
         elif cache is not None and not self.stateful:
             mask = cache.valid[:, : cache.length] if cache.holes else None
-        return self.run(x, mask, positions, token_type_ids, cache)
+        return self.run(x, mask, positions, token_type_ids, cache, source)
+
+    def check_padding(self, valid: Tensor | None) -> None:
+        """Raise UserError for rows that begin with padding (B, T) in a model that counts positions by itself."""
+        fixed = self.spec.positions == "learned" and "position_ids" not in self.accepts
+        if fixed and valid is not None and not bool(valid[:, 0].all()):
+            raise UserError(f"a {self.spec.family} model takes no positions, so that rows cannot be padded on the left")
 
     def run(
-        self, x: Tensor, mask: Tensor | None, positions: Tensor, types: Tensor | None = None, cache: Cache | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        types: Tensor | None = None,
+        cache: Cache | None = None,
+        source: Any = None,
     ) -> Tensor:
         """The body's hidden states. mask: (B, S) bool, or (B, 1, T, S) added to the scores."""
         if self.gradient_checkpointing != self.checkpoints:
@@ -284,7 +304,7 @@ class Foreign(Network):
         if cache is not None and self.checkpoints and self.training:
             raise UserError("gradient_checkpointing: transformers drops a prefix under it; set it to false")
         states = None if cache is None else cache.states
-        given = {
+        given: dict[str, Any] = {
             "inputs_embeds": x,
             "attention_mask": mask.long() if mask is not None and mask.dim() == 2 else mask,
             "position_ids": positions + self.offset,
@@ -293,6 +313,14 @@ class Foreign(Network):
             "cache_params": states,
             "use_cache": states is not None,
         }
+        if source is not None:
+            given = {
+                **{f"decoder_{name}": given[name] for name in ("inputs_embeds", "attention_mask")},
+                "attention_mask": None if source.mask is None else source.mask[:, 0, 0].long(),
+                "encoder_outputs": (source.states,),
+                "past_key_values": states,
+                "use_cache": states is not None,
+            }
         accepted = {name: value for name, value in given.items() if name in self.accepts and value is not None}
         with self.precision():
             return self.hf.base_model(**accepted)[0]

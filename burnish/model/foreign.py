@@ -24,6 +24,7 @@ CLASSES: dict[Head, tuple[str, str]] = {  # head -> (transformers' Auto class, i
     "classification": ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
     "none": ("AutoModel", "MODEL_MAPPING_NAMES"),
 }
+PAIR = ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES")
 LORA_TARGETS = (  # query and value where they have a name of their own (LoRA, section 4.2)
     ("q_proj", "v_proj"),
     ("query", "value"),
@@ -39,7 +40,7 @@ READ_DIRECTLY = re.compile(r"^(?!.*\binit).*\bself\.(\w+)\.weight\b(?![.(])", re
 
 def foreign_spec(config: dict[str, Any], head: Head | None, native: Iterable[str]) -> Spec:
     """The Spec of a config of a model type that only transformers knows. Raises UserError where it does not either,
-    for encoder-decoders, and for an architecture with another head."""
+    and for an architecture with another head."""
     from transformers.models.auto import configuration_auto, modeling_auto
 
     name = str(config.get("model_type", ""))
@@ -50,9 +51,7 @@ def foreign_spec(config: dict[str, Any], head: Head | None, native: Iterable[str
         raise UserError(f"config.json: model_type '{name}' is known neither to burnish nor to transformers{hint}{own}")
     read = read_config(config)
     if read.is_encoder_decoder:
-        raise UserError(
-            f"config.json: '{name}' is an encoder-decoder; only decoders and encoders go through transformers"
-        )
+        return pair_spec(name, config, read, head)
     tables = {kind: getattr(modeling_auto, table) for kind, (_, table) in CLASSES.items()}
     classes = {kind: table[name] for kind, table in tables.items() if isinstance(table.get(name), str)}
     declared = (config.get("architectures") or [next(iter(classes.values()), "")])[0]
@@ -73,6 +72,26 @@ def foreign_spec(config: dict[str, Any], head: Head | None, native: Iterable[str
         num_labels=read.num_labels if head == "classification" else 0,
         **shape(read),
     )
+
+
+def pair_spec(name: str, config: dict[str, Any], read: Any, head: Head | None) -> Spec:
+    """The Spec of an encoder-decoder. Raises UserError for one without a language-model head or with two embeddings."""
+    from transformers.models.auto import modeling_auto
+
+    known = getattr(modeling_auto, PAIR[1]).get(name, "none")
+    body = modeling_auto.MODEL_MAPPING_NAMES.get(name)  # whose head is its embedding
+    declared = (config.get("architectures") or [known])[0]
+    if declared not in (known, body) or known == "none":
+        raise UserError(f"config.json: architecture '{declared}' is not supported; supported: {known}")
+    if head not in (None, "lm"):
+        raise UserError(f"config.json: transformers has no classifier of this kind: the encoder of '{name}' alone")
+    start = read.decoder_start_token_id
+    if not getattr(read, "share_encoder_decoder_embeddings", True) or not read.tie_word_embeddings:
+        raise UserError(f"config.json: a '{name}' with several embeddings is not supported")
+    if not isinstance(start, int):
+        raise UserError("config.json: decoder_start_token_id is missing; the decoder begins with it")
+    found = {**shape(read), "num_kv_heads": 0}  # a prefix would shift positions that the model counts by itself
+    return Spec(family=name, kind="seq2seq", decoder_layers=read.decoder_layers, decoder_start=start, **found)
 
 
 def read_config(config: dict[str, Any]) -> Any:
@@ -138,12 +157,13 @@ def construct(config: Any, head: Head) -> Any:
     import transformers
 
     with rejections(), torch.device("cpu"), Matrices():
-        return getattr(transformers, CLASSES[head][0]).from_config(config, dtype=torch.float32).eval()
+        kind = PAIR[0] if config.is_encoder_decoder else CLASSES[head][0]
+        return getattr(transformers, kind).from_config(config, dtype=torch.float32).eval()
 
 
-def replace_projections(base: nn.Module, layers: str) -> set[str]:
-    """Put burnish's Linear in the place of the projections whose paths begin with `layers`; returns the paths of the
-    matrices that are stored as (in, out)."""
+def replace_projections(base: nn.Module, layers: tuple[str, ...]) -> set[str]:
+    """Put burnish's Linear in the place of the projections whose paths begin with one of `layers`; returns the paths of
+    the matrices that are stored as (in, out)."""
     from transformers.pytorch_utils import Conv1D
 
     transposed = set()

@@ -40,11 +40,11 @@ class Layout:
 class Network(nn.Module):
     """Hidden states by `forward`, logits by `logits`; techniques change it from outside.
 
-    `body` begins the paths of the layers' projections.
+    Each of `body` begins the paths of the layers' projections.
     """
 
     spec: Spec
-    body: str
+    body: tuple[str, ...]
     techniques: nn.ModuleDict
     compute_dtype: torch.dtype | None
     gradient_checkpointing: bool
@@ -128,7 +128,11 @@ class Network(nn.Module):
         return positions
 
     def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T, hidden) -> (B, hidden): the first token of an encoder, the last real token of a decoder."""
+        """(B, T, hidden) -> (B, hidden): the first token of an encoder or the mean of its real ones, as the spec says;
+        the last real token of a decoder."""
+        if self.spec.mean_pool:
+            share = attention_mask[..., None].to(hidden.dtype)
+            return (hidden * share).sum(1) / share.sum(1)
         steps = torch.arange(hidden.shape[1], device=hidden.device)
         real = attention_mask.long()
         chosen = (real * steps if self.spec.causal else real).argmax(dim=1)

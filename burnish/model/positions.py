@@ -1,6 +1,7 @@
-"""Position schemes as functions of token positions: rotary embedding and ALiBi.
+"""Position schemes as functions of token positions: rotary embedding, ALiBi and T5's buckets of distance.
 
 Rotary: RoFormer (arXiv 2104.09864), section 3.2, in Llama's half-split layout. ALiBi: arXiv 2108.12409, section 3.
+Buckets: T5 (arXiv 1910.10683), section 2.1.
 """
 
 from __future__ import annotations
@@ -71,3 +72,20 @@ def alibi_slopes(heads: int) -> Tensor:
     slopes = [2.0 ** (-8.0 * i / closest) for i in range(1, closest + 1)]
     slopes += [2.0 ** (-4.0 * i / closest) for i in range(1, 2 * (heads - closest), 2)]
     return torch.tensor(slopes)
+
+
+def relative_buckets(spec: Spec, distance: Tensor) -> Tensor:
+    """The bucket, in [0, relative_buckets), of each distance, key position minus query position (any shape).
+
+    Half of the buckets hold one distance each, the others grow with its logarithm up to `relative_distance`, beyond
+    which all share the last. An encoder gives each direction half of them; a decoder counts backwards only.
+    """
+    count, offset = spec.relative_buckets, torch.zeros_like(distance)
+    if spec.causal:
+        far = (-distance).clamp(min=0)
+    else:
+        count //= 2
+        far, offset = distance.abs(), (distance > 0) * count
+    exact = count // 2
+    grown = torch.log(far.clamp(min=1).float() / exact) / math.log(spec.relative_distance / exact) * (count - exact)
+    return offset + torch.where(far < exact, far, (exact + grown.long()).clamp(max=count - 1))

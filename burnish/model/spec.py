@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Head = Literal["lm", "masked_lm", "classification", "none"]
@@ -21,10 +21,15 @@ class Spec:
     GPT-NeoX). Layers in `sliding_layers` see the last `sliding_window` positions, and rotate by `rope_local_theta`
     where it is not 0. `rotary_share` of each head is rotated (GPT-NeoX). Scales and caps of 0 mean the usual: queries
     over the root of head_dim, embeddings as they are, no cap.
+
+    An encoder-decoder ("seq2seq") has `num_layers` in its encoder and `decoder_layers` in its decoder, whose input
+    begins with the token `decoder_start`. `positions` "relative" adds to the scores a trained number per head and
+    bucket of distance: half of `relative_buckets` for one distance each, the others up to `relative_distance` (T5).
+    `logit_scale` multiplies a decoder's last states; `mean_pool` classifies by the mean of an encoder's states.
     """
 
     family: str
-    kind: Literal["decoder", "encoder"]
+    kind: Literal["decoder", "encoder", "seq2seq"]
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -51,9 +56,11 @@ class Spec:
     attention_softcap: float = 0.0
     sliding_window: int = 0
     sliding_layers: tuple[int, ...] = ()
-    positions: Literal["rotary", "alibi", "learned", "none"] = "rotary"
+    positions: Literal["rotary", "alibi", "relative", "learned", "none"] = "rotary"
     position_offset: int = 0
     alibi_scale: float = 1.0
+    relative_buckets: int = 0
+    relative_distance: int = 0
     rotary_share: float = 1.0
     rope_theta: float = 10000.0
     rope_local_theta: float = 0.0
@@ -64,6 +71,10 @@ class Spec:
     head_bias: bool = False
     tied: bool = False
     logit_softcap: float = 0.0
+    logit_scale: float = 0.0
+    decoder_layers: int = 0
+    decoder_start: int = 0
+    mean_pool: bool = False
     head: Head = "lm"
     num_labels: int = 0
     pooler: bool = False
@@ -71,3 +82,18 @@ class Spec:
     @property
     def causal(self) -> bool:
         return self.kind == "decoder"
+
+    @property
+    def paired(self) -> bool:
+        """Whether a row has a source, which is read whole, and a target, which is written."""
+        return self.kind == "seq2seq"
+
+    @property
+    def generates(self) -> bool:
+        """Whether its states predict the next token."""
+        return self.kind != "encoder" and self.head == "lm"
+
+    @property
+    def decoder(self) -> Spec:
+        """The part that keeps keys and values: an encoder-decoder's decoder, else the whole."""
+        return replace(self, kind="decoder", num_layers=self.decoder_layers, head="none") if self.paired else self

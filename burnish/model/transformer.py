@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import repeat
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,7 +118,8 @@ class CappedLinear(Linear):
 class Transformer(Network):
     """The native network. `forward` gives hidden states after the final norm; `logits` applies the head."""
 
-    body = "layers."
+    body: tuple[str, ...] = ("layers.",)
+    layer: type[Layer] = Layer
 
     def __init__(self, spec: Spec):
         super().__init__()
@@ -130,7 +132,9 @@ class Transformer(Network):
         if spec.token_types:
             self.embed_token_types = table(spec.token_types, spec.hidden_size)
         self.embed_norm = norm(spec, spec.hidden_size) if spec.embed_norm else None
-        self.layers = nn.ModuleList(Layer(spec, index) for index in range(spec.num_layers))
+        if spec.positions == "relative":
+            self.relative_bias = table(spec.relative_buckets, spec.num_heads)
+        self.layers = nn.ModuleList(self.layer(spec, index) for index in range(spec.num_layers))
         self.norm = None if spec.post_norm else norm(spec, spec.hidden_size)
         self.techniques = nn.ModuleDict()
         self.set_head(spec)
@@ -162,7 +166,7 @@ class Transformer(Network):
         return [part for part in parts if part is not None]
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
-        return KVCache(self.spec, rows, capacity, self.dtype, self.embed_tokens.weight.device)
+        return KVCache(self.spec.decoder, rows, capacity, self.dtype, self.embed_tokens.weight.device)
 
     @torch.no_grad()
     def initialize(self, std: float = 0.02) -> Transformer:
@@ -191,11 +195,13 @@ class Transformer(Network):
         token_type_ids: Tensor | None = None,
         cache: KVCache | None = None,
         prefix: Prefix | None = None,
+        source: Any = None,
     ) -> Tensor:
         """Hidden states (B, T, hidden) of T new tokens given as ids (B, T) or embeddings (B, T, hidden).
 
         attention_mask (B, T): real tokens among the new ones. position_ids (B, T) default to counting real tokens,
         on from the cache or the prefix. segment_ids (B, T): documents of a packed row. `cache` is written in place.
+        source: what an encoder-decoder's layers attend to.
         """
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.to(self.dtype)  # type: ignore[arg-type]
         batch, length, _ = x.shape
@@ -203,7 +209,8 @@ class Transformer(Network):
         positions = self.positions(batch, length, valid, position_ids, cache, prefix, x.device)
         if cache is not None:
             cache.reserve(valid, positions)
-        mask, causal = visibility(self.spec, positions, valid, segment_ids, cache, prefix, x.dtype)
+        relative = self.relative_bias.weight if self.spec.positions == "relative" else None
+        mask, causal = visibility(self.spec, positions, valid, segment_ids, cache, prefix, x.dtype, relative)
         rotary = None
         if self.spec.positions == "rotary":
             rotary = rotary_angles(positions, inverse_frequencies(self.spec, x.device), x.dtype)
@@ -214,7 +221,7 @@ class Transformer(Network):
             types = torch.zeros_like(positions) if token_type_ids is None else token_type_ids
             x = x + self.embed_token_types(types).to(x.dtype)
 
-        frame = Frame(batch, length, mask, causal, rotary, cache, prefix)
+        frame = Frame(batch, length, mask, causal, rotary, cache, prefix, source=source)
         frames: Iterable[Frame] = repeat(frame)
         if self.spec.sliding_layers:
             near = self.near(frame, positions, x.dtype)

@@ -50,7 +50,7 @@ def write(model: Model, tensors: dict[str, Tensor], folder: Path) -> None:
     write_tensors(renamed, folder / "adapter_model.safetensors")
     record = {
         "peft_type": "LORA",
-        "task_type": TASKS[model.spec.head],
+        "task_type": "SEQ_2_SEQ_LM" if model.spec.paired else TASKS[model.spec.head],
         "base_model_name_or_path": model.path,
         "r": config.r,
         "lora_alpha": config.lora_alpha,

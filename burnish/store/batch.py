@@ -10,6 +10,7 @@ not cross them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,6 +35,28 @@ def collate(examples: Sequence[Example], pad_id: int, side: str = "right", multi
     if any(example.label is not None for example in examples):
         batch["label"] = torch.tensor([IGNORED if example.label is None else example.label for example in examples])
     return batch
+
+
+def collate_pairs(
+    examples: Sequence[Example], pad_id: int, start: int, side: str = "right", multiple_of: int = 1
+) -> dict[str, Tensor]:
+    """A batch for an encoder-decoder: `collate`'s of the targets, each after the token `start`, and beside it
+    source_input_ids, source_attention_mask and, where there are any, source_slots (B, S) of what precedes them.
+
+    Raises UserError for an example without a source.
+    """
+    sources, targets = [], []
+    for example in examples:
+        cut = example.prompt_length
+        if not cut:
+            raise UserError("an encoder-decoder reads a source before it writes: give every example a prompt")
+        slots = example.slots and example.slots[:cut]
+        sources.append(replace(example, ids=example.ids[:cut], labels=example.labels[:cut], slots=slots))
+        ids, labels = [start, *example.ids[cut:]], [IGNORED, *example.labels[cut:]]
+        targets.append(replace(example, ids=ids, labels=labels, slots=None, token_types=None))
+    source = collate(sources, pad_id, side, multiple_of)
+    read = {f"source_{name}": source[name] for name in ("input_ids", "attention_mask", "slots") if name in source}
+    return {**collate(targets, pad_id, side, multiple_of), **read}
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,14 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     head: Head | None = None,
+    techniques: Sequence[chains.TechniqueSpec] = (),
 ) -> Model:
     """The model in a folder: a Hugging Face checkpoint, what burnish saved, or a PEFT LoRA adapter.
 
     dtype None keeps floating tensors as they are stored; a technique's own tensors keep their dtype. `head` overrides
-    the checkpoint's own. Raises UserError for a folder that is no checkpoint, listing every missing, unexpected or
-    misshapen tensor.
+    the checkpoint's own; `techniques` are those that will be applied: where they exchange the head of an
+    encoder-decoder, its decoder is not read. Raises UserError for a folder that is no checkpoint, listing every
+    missing, unexpected or misshapen tensor.
     """
     folder = resolve(source)
     saved = read_json(folder / "burnish.json") if (folder / "burnish.json").exists() else {}
@@ -76,11 +78,11 @@ def load(
             "give the base that it was trained on"
         )
     hf_config = read_json(base / "config.json")
-    spec = read_spec(hf_config, head)
     quantised = base == folder and not (folder / "model.safetensors").exists() and bool(extras)
     entries = {} if quantised else read_folder(base)
-    if not any("pooler" in name for name in (*entries, *extras)):
-        spec = replace(spec, pooler=False)
+    spec = read_spec(hf_config, head, {*entries, *extras})
+    if spec.paired and not chain and chains.exchanges_head(techniques):
+        spec = read_spec(hf_config, "none", {*entries, *extras})
     with torch.device("meta"):
         model = Model(build(spec, hf_config), None, hf_config, path=origin(source))
         if (folder / "adapter_config.json").exists():
@@ -172,6 +174,8 @@ def fill(
     for name, (native, foreign) in stored_names(model).items():
         key = native if native in extras else foreign or native
         entry = extras.get(key) or entries.get(key)
+        if entry is None and not isinstance(tensors[name], nn.Parameter) and not tensors[name].is_meta:
+            continue  # a buffer that holds what its model's code put there
         if entry is None:
             problems.append(f"missing {key}")
             continue

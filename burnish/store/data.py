@@ -50,6 +50,7 @@ def encode_rows(
     where: str = "data",
     columns: Mapping[str, str] | None = None,
     on_empty: Literal["error", "skip"] = "error",
+    paired: bool = False,
 ) -> list[Example]:
     """Examples for language modelling, one a row, of at most `max_length` tokens.
 
@@ -64,7 +65,13 @@ def encode_rows(
     warning.
 
     `columns` names the user's own column for a role, as in {"prompt": "question"}.
+
+    `paired` is for encoder-decoders: prompt and completion are each tokenised as a whole text, with the tokenizer's own
+    marks, and `max_length` holds for each and cuts its end. Conversations, plain texts and `train_on="all"` are then
+    UserErrors, as there is no source or nothing else to learn.
     """
+    if paired and train_on == "all":
+        raise UserError("train_on: an encoder-decoder's source is read, not written; set train_on: completion")
     if max_length < 2:
         raise UserError(f"max_length={max_length}: at least 2 tokens are needed")
     if not rows:
@@ -75,11 +82,16 @@ def encode_rows(
     examples, cut, empty = [], 0, 0
     for number, (raw, row) in enumerate(zip(rows, renamed, strict=True), start=1):
         try:
-            ids, learnt = _encode(kind, row, text)
+            if paired:
+                ids, learnt, long = _encode_pair(kind, row, text, max_length)
+            else:
+                ids, learnt = _encode(kind, row, text)
+                long = len(ids) > max_length
         except UserError as error:
             raise UserError(f"{where}: row {number}: {error}") from error
-        cut += len(ids) > max_length
-        ids, learnt = _fit(ids, learnt, text.kept(ids), max_length)
+        cut += long
+        if long and not paired:
+            ids, learnt = _fit(ids, learnt, text.kept(ids), max_length)
         learnt = [True] * len(ids) if train_on == "all" else learnt
         if True not in learnt[1:]:  # the first token of a document is never predicted
             if on_empty == "error":
@@ -102,12 +114,13 @@ def encode_rows(
     return examples
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Example:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, paired: bool = False) -> Example:
     """A prompt to continue: the ids of `text` after the marks (bos) the tokenizer puts first; no labels.
 
-    Marks it would put last are left off, as the text goes on. Raises UserError if there is no token at all.
+    Marks it would put last are left off, as the text goes on, unless it is an encoder-decoder's source (`paired`).
+    Raises UserError if there is no token at all.
     """
-    ids = _Text(tokenizer).first(text)
+    ids = list(tokenizer(text)["input_ids"]) if paired else _Text(tokenizer).first(text)
     if not ids:
         raise UserError("the prompt is empty; write something")
     return Example(ids, [IGNORED] * len(ids), fields={"prompt": text})
@@ -179,6 +192,13 @@ class _Text:
                 return after[len(line) :]
         return self._ids(text)
 
+    def whole(self, max_length: int, **text: str) -> tuple[list[int], bool]:
+        """Ids of a text of its own, given as `text` or `text_target`, and whether it had to be cut."""
+        ids = list(self.tokenizer(**text)["input_ids"])
+        if len(ids) <= max_length:
+            return ids, False
+        return list(self.tokenizer(**text, truncation=True, max_length=max_length)["input_ids"]), True
+
     def ended(self, ids: list[int]) -> list[int]:
         return ids if self.eos is None or ids[-1:] == [self.eos] else [*ids, self.eos]
 
@@ -194,19 +214,34 @@ def _encode(kind: str, row: Row, text: _Text) -> tuple[list[int], list[bool]]:
     if kind == "text":
         ids = text.ended(text.first(_text(row, "text")))
         return ids, [True] * len(ids)
+    if kind == "alpaca" and text.tokenizer.chat_template:
+        asked, reply = _asked(row)
+        return chat_ids(text.tokenizer, [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}])
     if kind == "alpaca":
-        instruction, given, reply = _text(row, "instruction"), _text(row, "input", ""), _text(row, "output")
-        if text.tokenizer.chat_template:
-            asked = f"{instruction}\n\n{given}" if given.strip() else instruction
-            return chat_ids(
-                text.tokenizer, [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
-            )
+        instruction, given, completion = _text(row, "instruction"), _text(row, "input", ""), _text(row, "output")
         given = f"### Input:\n{given}\n\n" if given.strip() else ""
-        prompt, completion = f"### Instruction:\n{instruction}\n\n{given}### Response:\n", reply
+        prompt = f"### Instruction:\n{instruction}\n\n{given}### Response:\n"
     else:
         prompt, completion = _text(row, "prompt"), _text(row, "completion")
     before, after = text.first(prompt), text.ended(text.rest(completion))
     return before + after, [False] * len(before) + [True] * len(after)
+
+
+def _asked(row: Row) -> tuple[str, str]:
+    """An Alpaca row as a question and a reply."""
+    instruction, given = _text(row, "instruction"), _text(row, "input", "")
+    return f"{instruction}\n\n{given}" if given.strip() else instruction, _text(row, "output")
+
+
+def _encode_pair(kind: str, row: Row, text: _Text, max_length: int) -> tuple[list[int], list[bool], bool]:
+    """Ids of a source and its target, for each id whether it belongs to the target, and whether one was cut."""
+    if kind not in ("alpaca", "prompt_completion"):
+        raise UserError(f"an encoder-decoder learns from prompt and completion, not from '{kind}'")
+    prompt, completion = _asked(row) if kind == "alpaca" else (_text(row, "prompt"), _text(row, "completion"))
+    before, long = text.whole(max_length, text=prompt)
+    after, longer = text.whole(max_length, text_target=completion)
+    after = text.ended(after)[:max_length] if completion else []
+    return before + after, [False] * len(before) + [True] * len(after), long or longer
 
 
 def _fit(ids: list[int], learnt: list[bool], kept: int, max_length: int) -> tuple[list[int], list[bool]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,10 +95,13 @@ def run(config: PreviewConfig) -> int:
     from burnish.store.tokenizer import load_tokenizer
 
     rows = read_rows(config.data, config.split)
-    tokenizer = load_tokenizer(_folder(config.model))
+    folder = _folder(config.model)
+    tokenizer = load_tokenizer(folder)
+    described = folder / "config.json"
+    paired = described.exists() and json.loads(described.read_text(encoding="utf-8")).get("is_encoder_decoder", False)
     checked = rows[: max(config.n, CHECKED)]
-    examples = encode_rows(checked, tokenizer, config.max_length, config.train_on, config.data, config.columns)
     columns = config.columns or {}
+    examples = encode_rows(checked, tokenizer, config.max_length, config.train_on, config.data, columns, paired=paired)
     kind = detect_format(rename_columns(rows, columns, config.data), config.data, columns)
     console = Console()
     if config.json:

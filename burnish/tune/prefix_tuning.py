@@ -4,7 +4,8 @@
 
 Source: "Prefix-Tuning" (arXiv 2101.00190), sections 4.2 and 4.3: the reparametrisation makes training stable and is
 dropped afterwards. The prefix fills the attention's keys and values and lengthens no computation but attention's.
-Positions of the tokens start after it, and layers with a sliding window see it from anywhere. Limits: decoders only.
+Positions of the tokens start after it, and layers with a sliding window see it from anywhere. Limits: decoders only; an
+encoder-decoder gets it in the self-attention of its decoder.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class PrefixEncoder(nn.Module):
 
 def apply(model: Model, config: Config, context: Context) -> Config:
     """Add the prefix. Raises UserError on an encoder, which has no keys and values to start from."""
-    spec = model.spec
+    spec = model.spec.decoder
     if not spec.causal or not spec.num_kv_heads:
         raise UserError(
             f"technique '{NAME}': a {spec.family} {spec.kind} keeps no key-value cache to put a prefix into; "
@@ -60,7 +61,7 @@ def apply(model: Model, config: Config, context: Context) -> Config:
 
 
 def rebuild(model: Model, config: Config) -> None:
-    spec = model.spec
+    spec = model.spec.decoder
     width = spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim
     middle = config.encoder_hidden_size if config.prefix_projection and not config.finalized else 0
     encoder = PrefixEncoder(config.num_virtual_tokens, spec.hidden_size, width, middle)
@@ -68,7 +69,7 @@ def rebuild(model: Model, config: Config) -> None:
 
 
 def initial_cache(model: Model, config: Config, batch: dict[str, Tensor]) -> Prefix:
-    spec = model.spec
+    spec = model.spec.decoder
     table = model.net.techniques[NAME]().to(model.net.dtype)
     # (P, layers * 2 * width) -> (2, layers, 1, kv_heads, P, head_dim)
     shaped = table.view(len(table), spec.num_layers, 2, spec.num_kv_heads, spec.head_dim).permute(2, 1, 3, 0, 4)

@@ -4,7 +4,8 @@
 
 Source: "The Power of Scale for Parameter-Efficient Prompt Tuning" (arXiv 2104.08691), sections 2 and 3.2 (start from
 sampled vocabulary, or from uniform noise in [-0.5, 0.5]). Limits: it lengthens the input by n tokens, and lags full
-tuning on small models. On an encoder the pseudo tokens stand after the first token, so that [CLS] stays first.
+tuning on small models. On an encoder that classifies by its first token the pseudo tokens stand after it, so that [CLS]
+stays first; of an encoder-decoder they are in the encoder's input (section 2).
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def encode(model: Model, config: Config, example: Example) -> Example:
     prompt = state(model)
     count = config.num_virtual_tokens if example.virtual_tokens is None else example.virtual_tokens
     count = min(count, config.num_virtual_tokens)
-    at = 0 if model.spec.causal else min(1, len(example.ids))
+    marked = model.spec.kind == "encoder" and not model.spec.mean_pool
+    at = min(1, len(example.ids)) if marked else 0
     return soft.insert(example, at, [prompt.first + i for i in range(count)])
 
 

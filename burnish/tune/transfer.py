@@ -1,7 +1,9 @@
 """Transfer learning: keep a pretrained body, freeze all or its lower part, and train a new head on top.
 
 The new head classifies: a linear layer over the first token's pooled state (encoders) or the last token's state
-(decoders). Source: the practice of ULMFiT (arXiv 1801.06146), section 3.3, and BERT (arXiv 1810.04805), section 4.
+(decoders). Of an encoder-decoder (T5) the encoder alone stays, and its head pools the mean of the states: its texts
+begin with no mark, and the mean did better than the first token (Sentence-T5, arXiv 2108.08877). Source: the practice
+of ULMFiT (arXiv 1801.06146), section 3.3, and BERT (arXiv 1810.04805), section 4.
 In a chain it comes first: [transfer, lora] adapts the body beside the new head.
 """
 
@@ -13,9 +15,11 @@ import torch
 
 from burnish.config import UserError
 from burnish.model.bundle import Context, Model
+from burnish.model.surgery import linears
 from burnish.tune.unfreeze import unfreeze
 
 CHANGES_BASE = True
+NEW_HEAD = True
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,17 @@ def apply(model: Model, config: Config, context: Context) -> Config:
         raise UserError(
             f"technique 'transfer': {len(config.label_names)} label_names do not fit num_labels {config.num_labels}"
         )
+    for link in model.chain if model.spec.paired else ():
+        if not hasattr(link.config, "without"):
+            raise UserError(
+                f"technique 'transfer': it leaves the decoder away, which '{link.name}' has changed; put transfer first"
+            )
     kept = set(model.net.head_modules())
     rebuild(model, config)
+    left = {path for path, _ in linears(model.net)}
+    for link in model.chain:
+        if hasattr(link.config, "without"):
+            link.config = link.config.without([path for path in link.config.target_modules if path not in left])
     generator = torch.Generator().manual_seed(context.seed)
     with torch.no_grad():
         for module in model.net.head_modules():

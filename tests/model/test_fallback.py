@@ -29,7 +29,7 @@ from burnish.store.checkpoint import save
 from burnish.store.data import encode_prompt
 
 NO_CLASSIFIER = ("cohere", "mamba")
-CASES = [(family, head) for family in CONFIGS for head in ("", "classification", "none")]
+CASES = [(family, head) for family in (*DECODERS, *ENCODERS) for head in ("", "classification", "none")]
 CASES = [(family, head) for family, head in CASES if head != "classification" or family not in NO_CLASSIFIER]
 PROMPTS = ["the cat", "where is the big red dog ?", "who sees"]
 
@@ -194,7 +194,7 @@ def test_an_encoder_learns_to_classify(root, tmp_path):
     [
         ({"model_type": "stablellm"}, r"known neither to burnish nor to transformers \(did you mean 'stablelm'\?\)"),
         ({"model_type": "x-own", "auto_map": {}}, "the code that a checkpoint brings is never run"),
-        ({"model_type": "bart"}, "'bart' is an encoder-decoder"),
+        ({"model_type": "bart"}, "architecture 'StableLmForCausalLM' is not supported; supported: BartForCond"),
         ({"architectures": ["StableLmForTokenClassification"]}, "architecture 'StableLmForTokenClassification'"),
         ({"hidden_size": 30}, "transformers rejects it"),
         ({"intermediate_size": 40, "num_hidden_layers": 3}, "missing .*unexpected|shape .* missing"),

@@ -61,6 +61,8 @@ def new_model(hf_config: dict[str, Any], rows: list[dict[str, Any]], seed: int) 
     config = {**hf_config, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config |= {"bos_token_id": tokenizer.bos_token_id}
     spec = read_spec(config)
+    if spec.paired:
+        raise UserError("model: pretraining starts decoders and encoders; an encoder-decoder can be tuned")
     if len(tokenizer) > spec.vocab_size:
         raise UserError(f"model: vocab_size {spec.vocab_size} is less than the tokenizer's {len(tokenizer)} tokens")
     with torch.random.fork_rng(devices=[]):

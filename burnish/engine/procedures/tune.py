@@ -65,13 +65,15 @@ def run(config: TuneConfig) -> int:
     chain.parse_chain(techniques)
     check_memory(folder, [techniques], config.per_device_train_batch_size, config.max_length)
 
-    model = load(config.model, device.parse_dtype(config.dtype or None), device.pick_device(config.device))
+    dtype, place = device.parse_dtype(config.dtype or None), device.pick_device(config.device)
+    model = load(config.model, dtype, place, techniques=techniques)
 
     def encoded(part: list[dict[str, Any]], where: str) -> list[Any]:
         if names:
             texts, label = config.text_columns, config.label_column
             return encode_classification(part, model.tokenizer, texts, label, names, config.max_length, where)[0]
-        return encode_rows(part, model.tokenizer, config.max_length, config.train_on, where, config.columns or None)
+        columns, paired = config.columns or None, model.spec.paired
+        return encode_rows(part, model.tokenizer, config.max_length, config.train_on, where, columns, paired=paired)
 
     examples, held_examples = encoded(rows, config.data), encoded(held, config.eval_data or config.data) if held else []
     torch.manual_seed(config.seed)

@@ -1,19 +1,22 @@
 """The model families, each a declaration: how its config.json reads, how its tensors are called and laid out.
 
 `modules` pairs burnish's module paths (in Llama's Hugging Face words) with the family's own; `{i}` is the layer.
-The pairs are used by `store` to read and write checkpoints, and to resolve `target_modules`.
+The pairs are used by `store` to read and write checkpoints, and to resolve `target_modules`. `{j}` is the layer of an
+encoder-decoder's decoder.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from dataclasses import replace
 
 from burnish.config import UserError
 from burnish.model.families.bert import BERT
 from burnish.model.families.declare import Config, Family, rope, rotary_share
 from burnish.model.families.gpt import BLOOM, FALCON, GPT2, GPT_NEOX, MPT, OPT
 from burnish.model.families.llama import GEMMA2, GEMMA3, LLAMA, MISTRAL, QWEN2, QWEN3
+from burnish.model.families.t5 import MT5, T5
 from burnish.model.network import Layout
 from burnish.model.positions import inverse_frequencies
 from burnish.model.spec import Head, Spec
@@ -22,14 +25,16 @@ __all__ = ["FAMILIES", "Family", "layout", "read_spec", "tensor_names"]
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, BLOOM, GPT2, OPT, GPT_NEOX, FALCON, MPT, BERT)
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, BLOOM, GPT2, OPT, GPT_NEOX, FALCON, MPT, BERT, T5, MT5)
 }
 
 
-def read_spec(config: Config, head: Head | None = None, pooler: bool = True) -> Spec:
+def read_spec(config: Config, head: Head | None = None, stored: Collection[str] | None = None) -> Spec:
     """The Spec of a Hugging Face config. Raises UserError for an unknown architecture or a missing field.
 
-    `head` overrides what `architectures` names; `pooler` tells whether an encoder's checkpoint has one.
+    `head` overrides what `architectures` names; without a language-model head an encoder-decoder is its encoder alone.
+    `stored` are the names of the checkpoint's tensors, which tell what configs leave open: whether an encoder has a
+    pooler, and T5 a head of its own.
     """
     name = str(config.get("model_type", ""))
     family = FAMILIES.get(name)
@@ -49,7 +54,8 @@ def read_spec(config: Config, head: Head | None = None, pooler: bool = True) -> 
             raise UserError(
                 f"config.json: a {name} config needs '{error.args[0] if error.args else keys[0]}'"
             ) from None
-    heads = {architecture.lower(): key for key, architecture in family.architectures.items()}  # mpt-7b says MPTFor...
+    heads = {name.lower(): key for key, name in family.architectures.items()}  # mpt-7b says MPTFor...
+    heads |= {name.lower(): key for name, key in family.former.items()}
     declared = (config.get("architectures") or [next(iter(family.architectures.values()))])[0]
     if head is None and declared.lower() not in heads:
         known = family.architectures.values()
@@ -57,8 +63,14 @@ def read_spec(config: Config, head: Head | None = None, pooler: bool = True) -> 
     values["head"] = head or heads[declared.lower()]
     if values["head"] == "classification":
         values["num_labels"] = len(config.get("id2label") or {}) or config.get("num_labels", 2)
-    values["pooler"] = pooler and name == "bert" and values["head"] in ("classification", "none")
+    if values["kind"] == "seq2seq" and values["head"] != "lm":
+        values["kind"] = "encoder"
+    pooler = dict(family.modules).get("pooler", "")
+    values["pooler"] = bool(pooler) and values["head"] in ("classification", "none")
     spec = Spec(family=name, **values)
+    if stored is not None:
+        pooled = any("pooler" in name or pooler in name for name in stored)
+        spec = family.stored(replace(spec, pooler=spec.pooler and pooled), stored)
     if spec.positions == "rotary":
         inverse_frequencies(spec)  # refuses a scaling that is not known
     return spec
@@ -80,9 +92,10 @@ def tensor_names(spec: Spec) -> dict[str, str]:
     """Module path in burnish -> module path in the family's checkpoint, layers expanded."""
     names: dict[str, str] = {}
     family = FAMILIES[spec.family]
-    for native, foreign in family.modules + (family.two_norms if spec.parallel_norms == 2 else ()):
-        if "{i}" in native:
-            names |= {native.format(i=i): foreign.format(i=i) for i in range(spec.num_layers)}
+    for native, foreign in family.modules + family.variant(spec):
+        if "{" in native:
+            count = spec.decoder_layers if "{j}" in native else spec.num_layers
+            names |= {native.format(i=i, j=i): foreign.format(i=i, j=i) for i in range(count)}
         else:
             names[native] = foreign
     return names
@@ -110,8 +123,9 @@ def layout(spec: Spec, parts: Collection[str]) -> Layout:
         family.architectures[spec.head],
         family.lora_targets,
         frozenset(name for name in matrices if name.split(".")[-2] in family.transposed),
-        frozenset(spare),
+        frozenset({*spare, *dict(family.copies)}),
         tuple(map(re.escape, family.ignored)),
+        dict(family.copies),
         aliases=family.aliases,
         spare_tokens=family.spare_tokens,
     )

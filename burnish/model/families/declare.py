@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from burnish.config import UserError
-from burnish.model.spec import Head
+from burnish.model.spec import Head, Spec
 
 Config = dict[str, Any]
 Pairs = tuple[tuple[str, str], ...]
@@ -18,9 +18,10 @@ Pairs = tuple[tuple[str, str], ...]
 class Family:
     """One family. `fields` maps a Spec field to a config key, a tuple of keys (the first present), or a function.
 
-    `modules` pairs burnish's module paths with the family's own; `two_norms` has the pairs that differ where each of
-    two parallel branches has a norm. `aliases` are other beginnings of names that checkpoints use. `spare_tokens` are
-    tokens that may lie beyond the embedding.
+    `modules` pairs burnish's module paths with the family's own, `variant` has the pairs that depend on the spec;
+    `stored` changes a spec by the names of a checkpoint's tensors. `aliases` are other beginnings of names that
+    checkpoints use, `copies` pairs names of the same tensor with the one that is read, `former` has earlier names of
+    architectures. `spare_tokens` are tokens that may lie beyond the embedding.
     """
 
     name: str
@@ -31,8 +32,11 @@ class Family:
     constants: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)  # names that do not follow from `modules`
     prefix: str = ""
-    two_norms: Pairs = ()
+    variant: Callable[[Spec], Pairs] = lambda spec: ()
+    stored: Callable[[Spec, Collection[str]], Spec] = lambda spec, names: spec
     aliases: Pairs = ()
+    copies: Pairs = ()
+    former: dict[str, Head] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     spare_tokens: tuple[str, ...] = ()

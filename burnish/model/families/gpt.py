@@ -208,6 +208,10 @@ def _refuse_falcon(config: Config) -> str | None:
     return unless(apply_residual_connection_post_layernorm=False)(config)
 
 
+TWO_NORMS = (
+    ("layers.{i}.input_layernorm", "transformer.h.{i}.ln_attn"),
+    ("layers.{i}.post_attention_layernorm", "transformer.h.{i}.ln_mlp"),
+)
 FALCON = Family(
     name="falcon",
     fields={
@@ -234,10 +238,7 @@ FALCON = Family(
     constants={"kind": "decoder", "norm": "layer", "fused_qkv": "heads"},
     prefix="transformer.",
     modules=tuple(pair for pair in BLOOM.modules if pair[0] != "embed_norm"),  # its code grew out of BLOOM's
-    two_norms=(
-        ("layers.{i}.input_layernorm", "transformer.h.{i}.ln_attn"),
-        ("layers.{i}.post_attention_layernorm", "transformer.h.{i}.ln_mlp"),
-    ),
+    variant=lambda spec: TWO_NORMS if spec.parallel_norms == 2 else (),
     architectures=decoder("Falcon"),
     lora_targets=("qkv_proj",),
     ignored=("rotary_emb.inv_freq",),

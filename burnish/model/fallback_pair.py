@@ -1,0 +1,84 @@
+"""Encoder-decoders without a native family (BART, Pegasus, M2M100), through transformers' own modelling code.
+
+What differs from `Foreign`: two stacks of layers, and a source that is encoded first. Limits: these models count
+positions by themselves, so that rows are padded on the right and no prefix stands before them; both sides share one
+embedding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from burnish.config import UserError
+from burnish.model.fallback import Foreign
+from burnish.model.seq2seq import Source
+from burnish.model.spec import Spec
+
+
+class ForeignPair(Foreign):
+    """A transformers encoder-decoder with a language-model head as a Network."""
+
+    factor: float | None = None  # what its encoder multiplies embeddings by, once it was tried
+
+    @staticmethod
+    def find_stacks(base: nn.Module, spec: Spec) -> tuple[str, ...]:
+        sides = {path: base.get_submodule(path) for path in ("encoder", "decoder") if path in base._modules}
+        return tuple(
+            f"{path}.{name}"
+            for path, side in sides.items()
+            for name, part in side.named_children()
+            if isinstance(part, nn.ModuleList)
+        )
+
+    def new_states(self) -> Any:
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        source_embeds: Tensor | None = None,
+        source_mask: Tensor | None = None,
+        cache: Any = None,
+        **given: Any,
+    ) -> Tensor:
+        """Hidden states (B, T, hidden) of T new target tokens; arguments as the native network's."""
+        if source_embeds is None:
+            source = cache.source
+        else:
+            source = self.read(source_embeds, source_mask, cache is not None)
+            if cache is not None:
+                cache.source = source
+        return super().forward(input_ids, cache=cache, source=source, **given)
+
+    def read(self, embeds: Tensor, mask: Tensor | None, kept: bool) -> Source:
+        """The encoded source."""
+        valid = None if mask is None or bool(mask.all()) else mask.bool()
+        self.check_padding(valid)
+        x = embeds.to(self.dtype) * self.embedding_factor()
+        with self.precision():
+            states = self.hf.get_encoder()(inputs_embeds=x, attention_mask=None if valid is None else valid.long())[0]
+        return Source(states, None if valid is None else valid[:, None, None], kept)
+
+    @torch.no_grad()
+    def embedding_factor(self) -> float:
+        """What ids are multiplied by and embeddings not: nothing, or `embed_scale` (Pegasus); tried once."""
+        if self.factor is not None:
+            return self.factor
+        encoder, training = self.hf.get_encoder(), self.training
+        self.eval()
+        ids = torch.arange(4, device=self.embed_tokens.weight.device)[None] + self.hf.config.pad_token_id + 1
+        want = encoder(input_ids=ids)[0]
+        for factor in (1.0, getattr(encoder, "embed_scale", 1.0)):
+            got = encoder(inputs_embeds=self.embed_tokens(ids) * factor)[0]
+            if (got - want).norm() <= 0.02 * want.norm():
+                self.factor = factor
+        self.train(training)
+        if self.factor is None:
+            raise UserError(f"a {self.spec.family} model takes embeddings in a way of its own")
+        return self.factor
