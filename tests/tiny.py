@@ -34,7 +34,7 @@ CONFIGS = {  # family -> (transformers' class names without their ends, its conf
     "falcon": ("Falcon", {**SHAPE, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
     "mpt": ("Mpt", {"vocab_size": 80, "d_model": 36, "n_layers": 2, "n_heads": 6, "max_seq_len": 64}),
     "t5": ("T5", {**PAIRED, "feed_forward_proj": "relu"}),
-    "mt5": ("MT5", {**PAIRED, "feed_forward_proj": "gated-gelu", "num_layers": 1}),
+    "mt5": ("MT5", {**PAIRED, "feed_forward_proj": "gated-gelu", "num_layers": 1, "initializer_factor": 0.4}),
     "bert": ("Bert", {**SHAPE, **COMMON, "type_vocab_size": 2}),
 }
 ENDS = {"lm": "ForCausalLM", "masked_lm": "ForMaskedLM", "classification": "ForSequenceClassification", "none": "Model"}
