@@ -14,9 +14,11 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from burnish.config import UserError, from_mapping, nearest, to_mapping
+from burnish.model import soft
 from burnish.model.bundle import Context, Link, Model
 from burnish.model.cache import KVCache
 
@@ -131,8 +133,8 @@ def merge(model: Model) -> list[str]:
 def forward(model: Model, batch: Mapping[str, Tensor], cache: KVCache | None = None) -> Tensor:
     """Hidden states (B, T, H) of a collated batch, with the chain's `embed` and `initial_cache` hooks.
 
-    With an empty cache the prefix is loaded into it; with a filled one the batch continues it. Of a batch with sources
-    the states are the targets'.
+    With an empty cache the prefix is loaded into it; with a filled one the batch continues it. Pseudo tokens that all
+    rows begin with are computed once, where no cache is filled. Of a batch with sources the states are the targets'.
     """
     net = model.net
 
@@ -155,13 +157,22 @@ def forward(model: Model, batch: Mapping[str, Tensor], cache: KVCache | None = N
         prefix = None
     segments = batch.get("segment_ids")
     packed = segments is not None and bool((segments > 1).any())
-    return net(
-        inputs_embeds=embedded(""),
-        attention_mask=batch.get("attention_mask"),
-        position_ids=batch.get("position_ids") if cache is None else None,
-        segment_ids=segments if packed else None,
-        token_type_ids=batch.get("token_type_ids"),
-        cache=cache,
-        prefix=prefix,
-        **source,
-    )
+    positions = batch.get("position_ids") if cache is None else None
+    inputs: dict[str, Any] = {
+        "attention_mask": batch.get("attention_mask"),
+        "position_ids": positions,
+        "segment_ids": segments if packed else None,
+        "token_type_ids": batch.get("token_type_ids"),
+    }
+    embeds = embedded("")
+    shared = soft.leading(batch["slots"]) if "slots" in batch and len(embeds) > 1 else 0
+    if shared and cache is None and prefix is None and not packed:
+        recorded = net.record(embeds[:1, :shared])
+        if recorded is not None:  # computed once for all rows
+            first, prefix = recorded
+            inputs = {name: None if x is None else x[:, shared:] for name, x in inputs.items()}
+            if positions is not None:
+                inputs["position_ids"] = (positions[:, shared:] - shared).clamp(min=0)  # padding's are 0
+            rest = net(inputs_embeds=embeds[:, shared:], **inputs, prefix=prefix)
+            return torch.cat((first.expand(len(rest), -1, -1), rest), dim=1)
+    return net(inputs_embeds=embeds, **inputs, **source, cache=cache, prefix=prefix)

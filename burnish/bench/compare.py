@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +70,7 @@ def compare(config: CompareConfig, progress: Callable[[str], None] = print) -> d
     Raises UserError before anything runs for unknown names or keys, unreadable data, a folder that holds another
     comparison, or a model that memory cannot hold.
     """
+    began = time.perf_counter()
     config = with_defaults(config)
     rows = [from_mapping(RowConfig, dict(row), f"row '{dict(row).get('name', '?')}'") for row in config.rows]
     names = [row.name for row in rows]
@@ -90,6 +94,7 @@ def compare(config: CompareConfig, progress: Callable[[str], None] = print) -> d
         "environment": device.environment(),
         "budget": config.budget,
         "rows": [*(result_row(cell, *found) for cell, found in measured), *(row for row in majorities if row)],
+        "seconds": time.perf_counter() - began,
         "notes": notes(config, twin, jobs.workers),
         "recipe": to_mapping(config),
         "command": "burnish compare",
@@ -150,10 +155,9 @@ def notes(config: CompareConfig, twin: bool, workers: int) -> list[str]:
 
 def run(config: CompareConfig) -> int:
     """Compare, print the table and the verdict, and say where the files are."""
-    import sys
-
     import rich
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that jobs end and files are removed
     slower = device.compiler_line()
     if slower:
         print(slower, file=sys.stderr)

@@ -1,6 +1,4 @@
-"""One piece of a comparison in a process of its own: `python -m burnish.bench.job job.json result.json`.
-
-A crash or the kernel's out-of-memory killer ends this process and its row, never the comparison. Kinds of jobs:
+"""One piece of a comparison, run in a process of its own by `bench.launcher`. Kinds of jobs:
 "quality" trains and measures one chain on one task over all seeds, "fit" measures training memory and writes the
 artefact that "serve", in a fresh process, loads to measure memory and latency.
 """

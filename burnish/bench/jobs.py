@@ -12,14 +12,15 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from burnish.bench.job import OUT_OF_MEMORY
+from burnish.bench.launcher import Launcher
 from burnish.bench.rows import Cell, learning_rate
 from burnish.bench.twin import write_twin
 from burnish.config import to_mapping
@@ -45,31 +46,24 @@ def file_digest(path: str) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest() if path and file.is_file() else path
 
 
-def run_job(job: Job, scratch: Path, timeout: float) -> Job:
-    """Run one job in its own process group and return its result; a death becomes a result too."""
+def run_job(job: Job, scratch: Path, timeout: float, launcher: Launcher) -> Job:
+    """Run one job in a process of its own and return its result; a death becomes a result too."""
     name = key(job)
-    job_path, result_path = scratch / f"{name}.json", scratch / f"{name}.result.json"
+    job_path, result_path, log = (scratch / f"{name}{end}" for end in (".json", ".result.json", ".log"))
     job_path.write_text(json.dumps(job))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "burnish.bench.job", str(job_path), str(result_path)]
-    with open(scratch / f"{name}.log", "w+", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        try:
-            code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return {"status": "timeout", "error": f"stopped after {timeout:.0f} s"}
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        if result_path.exists():
-            return json.loads(result_path.read_text())
-        if code == -signal.SIGKILL:
-            return {"status": "oom", "error": "killed by the system, which is what running out of memory looks like"}
-        log.seek(0)
-        last = (log.read().strip().splitlines() or [f"ended with status {code}"])[-1]
-        short = any(sign in last for sign in OUT_OF_MEMORY)
-        return {"status": "oom" if short else "failed", "error": last}
+    try:
+        code = launcher.run(job_path, result_path, log, timeout)
+    except EOFError as error:
+        return {"status": "failed", "error": str(error)}
+    if code is None:
+        return {"status": "timeout", "error": f"stopped after {timeout:.0f} s"}
+    if result_path.exists():
+        return json.loads(result_path.read_text())
+    if code == -signal.SIGKILL:
+        return {"status": "oom", "error": "killed by the system, which is what running out of memory looks like"}
+    last = (log.read_text(errors="replace").strip().splitlines() or [f"ended with status {code}"])[-1]
+    short = any(sign in last for sign in OUT_OF_MEMORY)
+    return {"status": "oom" if short else "failed", "error": last}
 
 
 class Jobs:
@@ -125,6 +119,19 @@ class Jobs:
         data = [file_digest(job["task"][name]) for name in ("data", "eval_data")] if "task" in job else []
         return self.folder / f"{key([stable, self.identity, self.twin, data])}.json"
 
+    @contextmanager
+    def launchers(self) -> Iterator[SimpleQueue[Launcher]]:
+        """One for each worker; none outlives the block, nor do their jobs."""
+        all_of_them = [Launcher() for _ in range(self.workers)]
+        free: SimpleQueue[Launcher] = SimpleQueue()
+        for launcher in all_of_them:
+            free.put(launcher)
+        try:
+            yield free
+        finally:
+            for launcher in all_of_them:
+                launcher.close()
+
     def run(self, cells: list[Cell], progress: Callable[[str], None]) -> list[tuple[Cell, tuple[Job, Job, Job]]]:
         """Run what is not kept; every cell with the results of its quality, fit and serve jobs."""
         chains = {key(cell.techniques): cell for cell in reversed(cells) if not cell.shuffle}
@@ -135,13 +142,16 @@ class Jobs:
         alone = [(f"{chains[n].row.name}: latency", pair[1], n in stale) for n, pair in costs.items()]
         total, results = len(parallel) + len(alone), {}
 
-        def finish(name: str, job: Job, again: bool) -> None:
+        def finish(free: SimpleQueue[Launcher], name: str, job: Job, again: bool) -> None:
             path = self.path(job)
             kept = path.exists() and not again
             if kept:
                 result = read_json(path)
             else:
-                result = run_job({**job, "memory_limit": self.config.memory_limit}, self.scratch, self.config.timeout)
+                launcher = free.get()
+                limited = {**job, "memory_limit": self.config.memory_limit}
+                result = run_job(limited, self.scratch, self.config.timeout, launcher)
+                free.put(launcher)
                 if result["status"] == "ok":
                     write_json(result, path)
             results[path] = result
@@ -150,11 +160,15 @@ class Jobs:
 
         if stale and self.twin:
             write_twin(self.cost_model, str(self.model))
-        with ThreadPoolExecutor(self.workers) as pool:
-            for future in [pool.submit(finish, *item) for item in parallel]:
-                future.result()
-        for item in alone:
-            finish(*item)
+        with self.launchers() as free:
+            pool = ThreadPoolExecutor(self.workers)
+            try:
+                for future in [pool.submit(finish, free, *item) for item in parallel]:
+                    future.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+            for item in alone:
+                finish(free, *item)
         found = []
         for cell in cells:
             pair = costs[key(cell.techniques)]

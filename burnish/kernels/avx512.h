@@ -51,6 +51,16 @@ INLINE __m512 load_part(const bf16 *x, __mmask16 part) {
 
 INLINE void store_part(bf16 *out, __mmask16 part, __m512 x) { _mm256_mask_storeu_epi16(out, part, narrow(x)); }
 
+/* The same from element `at` of numbers that are float32 (`wide`) or bfloat16. */
+INLINE __m512 get(const void *x, big at, __mmask16 part, int wide) {
+    return wide ? _mm512_maskz_loadu_ps(part, (const float *)x + at) : load_part((const bf16 *)x + at, part);
+}
+
+INLINE void put(void *out, big at, __mmask16 part, __m512 x, int wide) {
+    if (wide) _mm512_mask_storeu_ps((float *)out + at, part, x);
+    else store_part((bf16 *)out + at, part, x);
+}
+
 /* e^x to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. */
 INLINE __m512 exponential(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x); /* this order keeps a NaN */

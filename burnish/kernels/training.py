@@ -1,12 +1,13 @@
-"""What stands between the weights' products in a bfloat16 training step on a CPU: attention with its rotary embedding,
-RMSNorm, the gated SiLU, and softmax cross-entropy.
+"""What stands between the weights' products in a training step on a CPU: attention with its rotary embedding, RMSNorm,
+the gated SiLU, and softmax cross-entropy.
 
 Each is one pass of C (`attention.c`, `pointwise.c`, built by the system's compiler on first use) where torch needs
 several over temporaries, and keeps less for the backward pass: attention its inputs before rotation and one number per
-row. torch 2.13's own CPU attention runs its bfloat16 backward pass at a fifth of the processor's matrix rate.
-`fused` puts them into a network for as long as it trains; whatever they do not cover (another dtype or device,
-a processor without AVX-512, no compiler, a cache, a prefix, ALiBi, scores scaled or capped in another way, Gemma's
-norm) goes the plain way. Under `torch.compile` only attention is replaced, as the compiler fuses the rest.
+row. torch 2.13's own CPU attention runs its bfloat16 backward pass at a fifth of the processor's matrix rate; in
+float32 it is kept, and only the rotary embedding before it is C. `fused` puts them into a network for as long as it
+trains; whatever they do not cover (another dtype or device, a processor without AVX-512, no compiler; for attention a
+cache, a prefix, ALiBi, scores scaled or capped in another way; Gemma's norm) goes the plain way. Under `torch.compile`
+only attention is replaced, as the compiler fuses the rest.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from burnish.native import build
 
 FOLDER = Path(__file__).parent
 SIZES = 32  # head dimensions are multiples of it
-DTYPES = (torch.bfloat16, torch.float32)  # of the cross-entropy; the rest takes bfloat16 only
+DTYPES = (torch.bfloat16, torch.float32)  # attention takes bfloat16 only
 
 _lock = threading.Lock()
 
@@ -68,10 +70,12 @@ def _library() -> ctypes.CDLL | None:
     pointer, count, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     for name in ("attention_forward", "attention_backward"):
         getattr(found, name).argtypes = [ctypes.POINTER(_Shape), ctypes.POINTER(_Rows), pointer]
-    found.rms_norm_forward.argtypes = [pointer, pointer, number, count, count, pointer, pointer, flag]
-    found.rms_norm_backward.argtypes = [pointer, pointer, pointer, pointer, count, count, pointer, flag]
-    found.gated_silu_forward.argtypes = [pointer, pointer, count, pointer, flag]
-    found.gated_silu_backward.argtypes = [pointer, pointer, pointer, count, pointer, pointer, flag]
+    found.rms_norm_forward.argtypes = [pointer, pointer, number, count, count, pointer, pointer, flag, flag]
+    found.rms_norm_backward.argtypes = [pointer, pointer, pointer, pointer, count, count, pointer, flag, flag]
+    found.rms_norm_weight.argtypes = [pointer, pointer, pointer, count, count, pointer, flag, flag]
+    found.gated_silu_forward.argtypes = [pointer, pointer, count, pointer, flag, flag]
+    found.gated_silu_backward.argtypes = [pointer, pointer, pointer, count, pointer, pointer, flag, flag]
+    found.rotate.argtypes = [pointer, pointer, pointer, count, count, count, flag, pointer, flag, flag]
     found.cross_entropy.argtypes = [pointer, pointer, count, count, pointer, flag, flag, flag]
     return found
 
@@ -100,18 +104,20 @@ def fused(net: Network) -> Iterator[None]:
 
 class _Attention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, frame: Frame) -> Tensor:
-        bare = frame.cache is None and frame.prefix is None and (frame.mask is None or frame.mask.dtype == torch.bool)
-        if not bare or q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[-1] % SIZES:
-            return super().attend(q, k, v, frame)
         cosine, sine = frame.rotary or (None, None)
-        if cosine is not None and sine is not None and cosine.shape[-1] < q.shape[-1]:  # the kernel turns whole heads
-            q, k, cosine, sine = rotate(q, cosine, sine), rotate(k, cosine, sine), None, None
-        return scaled_dot_product_attention(q, k, v, cosine, sine, frame.mask, frame.causal)[0]
+        bare = frame.cache is None and frame.prefix is None and (frame.mask is None or frame.mask.dtype == torch.bool)
+        if bare and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-1] % SIZES == 0:
+            if cosine is not None and sine is not None and cosine.shape[-1] < q.shape[-1]:  # it turns whole heads
+                q, k, cosine, sine = rotate(q, cosine, sine), rotate(k, cosine, sine), None, None
+            return scaled_dot_product_attention(q, k, v, cosine, sine, frame.mask, frame.causal)[0]
+        if cosine is not None and _takes(q) and cosine.shape[-1] == q.shape[-1] and cosine.shape[:2] == q.shape[:2]:
+            q, k, frame = _Rotate.apply(q, cosine, sine), _Rotate.apply(k, cosine, sine), replace(frame, rotary=None)
+        return super().attend(q, k, v, frame)
 
 
 class _Norm(Norm):
     def forward(self, x: Tensor) -> Tensor:
-        if not self.rms or self.weight.requires_grad or not _takes(x):
+        if not self.rms or not _takes(x):
             return super().forward(x)
         return _RMSNorm.apply(x.contiguous(), self.weight.to(x.dtype), self.eps)
 
@@ -124,7 +130,7 @@ class _MLP(MLP):
 
 
 def _takes(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and x.dtype in DTYPES and not torch.compiler.is_compiling()
 
 
 @torch.library.custom_op("burnish::attention", mutates_args=())
@@ -224,25 +230,34 @@ def _check(failed: int) -> None:
         raise MemoryError("no memory for attention's scratch")
 
 
+def _mode(x: Tensor) -> tuple[bool, int]:
+    """The last arguments of a pointwise kernel: whether numbers are float32, and the threads."""
+    return x.dtype == torch.float32, torch.get_num_threads()
+
+
 class _RMSNorm(torch.autograd.Function):
-    """x (rows, size), frozen weight (size,)."""
+    """x (rows, size), weight (size,)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y, inverse = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
         tensors = (x.data_ptr(), weight.data_ptr(), eps, *x.shape, y.data_ptr(), inverse.data_ptr())
-        _ready().rms_norm_forward(*tensors, torch.get_num_threads())
+        _ready().rms_norm_forward(*tensors, *_mode(x))
         ctx.save_for_backward(x, weight, inverse)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
-        grad, dx = grad.contiguous(), torch.empty_like(x)
+        grad, dx, dw = grad.contiguous(), torch.empty_like(x), None
         inputs = (grad.data_ptr(), x.data_ptr(), weight.data_ptr(), inverse.data_ptr(), *x.shape)
-        _ready().rms_norm_backward(*inputs, dx.data_ptr(), torch.get_num_threads())
-        return dx, None, None
+        _ready().rms_norm_backward(*inputs, dx.data_ptr(), *_mode(x))
+        if ctx.needs_input_grad[1]:
+            dw = torch.empty_like(weight)
+            inputs = (grad.data_ptr(), x.data_ptr(), inverse.data_ptr(), *x.shape)
+            _ready().rms_norm_weight(*inputs, dw.data_ptr(), *_mode(x))
+        return dx, dw, None
 
 
 class _GatedSiLU(torch.autograd.Function):
@@ -253,7 +268,7 @@ class _GatedSiLU(torch.autograd.Function):
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
         inputs = (gate.data_ptr(), up.data_ptr(), gate.numel())
-        _ready().gated_silu_forward(*inputs, out.data_ptr(), torch.get_num_threads())
+        _ready().gated_silu_forward(*inputs, out.data_ptr(), *_mode(gate))
         ctx.save_for_backward(gate, up)
         return out
 
@@ -263,8 +278,30 @@ class _GatedSiLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         grad, dgate, dup = grad.contiguous(), torch.empty_like(gate), torch.empty_like(up)
         inputs = (grad.data_ptr(), gate.data_ptr(), up.data_ptr(), gate.numel())
-        _ready().gated_silu_backward(*inputs, dgate.data_ptr(), dup.data_ptr(), torch.get_num_threads())
+        _ready().gated_silu_backward(*inputs, dgate.data_ptr(), dup.data_ptr(), *_mode(gate))
         return dgate, dup
+
+
+class _Rotate(torch.autograd.Function):
+    """x (B, T, heads, D) turned by cosine and sine (B, T, 1, D), as `positions.rotate` does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.cosine, ctx.sine = cosine.contiguous(), sine.contiguous()
+        return _rotated(x, ctx.cosine, ctx.sine, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _rotated(grad, ctx.cosine, ctx.sine, True), None, None
+
+
+def _rotated(x: Tensor, cosine: Tensor, sine: Tensor, backwards: bool) -> Tensor:
+    x, (batch, length, heads, size) = x.contiguous(), x.shape
+    out = torch.empty_like(x)
+    inputs = (x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), batch * length, heads, size)
+    _ready().rotate(*inputs, backwards, out.data_ptr(), *_mode(x))
+    return out
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
@@ -272,6 +309,5 @@ def cross_entropy_(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     labels = labels.contiguous()
     inputs = (logits.data_ptr(), labels.data_ptr(), *logits.shape)
-    wide = logits.dtype == torch.float32
-    _ready().cross_entropy(*inputs, losses.data_ptr(), gradient, wide, torch.get_num_threads())
+    _ready().cross_entropy(*inputs, losses.data_ptr(), gradient, *_mode(logits))
     return losses

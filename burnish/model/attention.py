@@ -26,7 +26,9 @@ class Frame:
     """What the layers share in one forward over (batch, length) tokens.
 
     `mask` is None, a bool (B, 1, T, S), or an additive bias (B, heads, T, S); `causal` asks for the plain causal
-    triangle and then `mask` is None. `source` is what an encoder-decoder's layers attend to.
+    triangle and then `mask` is None. `real` are the places (N,) of the real tokens among B * T, None where all are: the
+    layers' activations are theirs alone, (N, hidden), and only attention lays them out in rows. `source` is what an
+    encoder-decoder's layers attend to.
     """
 
     batch: int
@@ -36,12 +38,18 @@ class Frame:
     rotary: tuple[Tensor, Tensor] | None
     cache: KVCache | None
     prefix: Prefix | None
+    real: Tensor | None = None
     source: Any = None
 
     def flat(self, x: Tensor) -> Tensor:
-        return x.reshape(self.batch * self.length, *x.shape[2:])
+        """(B, T, ...) -> (N, ...), the real tokens."""
+        x = x.reshape(self.batch * self.length, *x.shape[2:])
+        return x if self.real is None else x.index_select(0, self.real)
 
     def rows(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (B, T, ...), with zeros at padding."""
+        if self.real is not None:
+            x = x.new_zeros(self.batch * self.length, *x.shape[1:]).index_copy(0, self.real, x)
         return x.view(self.batch, self.length, *x.shape[1:])
 
 
@@ -128,7 +136,7 @@ def narrow(spec: Spec, frame: Frame, positions: Tensor) -> tuple[Tensor | None, 
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over flattened tokens, (B * T, hidden) -> (B * T, hidden)."""
+    """Multi-head self-attention over flattened tokens, (N, hidden) -> (N, hidden)."""
 
     def __init__(self, spec: Spec, layer: int):
         super().__init__()
@@ -145,26 +153,25 @@ class Attention(nn.Module):
         self.k_norm = norm(spec, spec.head_dim) if spec.qk_norm else None
         self.scale = spec.attention_scale or None
 
-    def project(self, x: Tensor, frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B * T, hidden) -> q, k, v, each (B, T, heads, head_dim)."""
-        spec, rows = self.spec, (frame.batch, frame.length)
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, hidden) -> q, k, v, each (N, heads, head_dim)."""
+        spec, size = self.spec, self.spec.head_dim
         if spec.fused_qkv == "heads":
-            fused = self.qkv_proj(x).view(*rows, spec.num_kv_heads, -1, spec.head_dim)  # queries, key, value
-            return fused[..., :-2, :].flatten(2, 3), fused[..., -2, :], fused[..., -1, :]
+            fused = self.qkv_proj(x).unflatten(1, (spec.num_kv_heads, -1, size))  # queries, key, value
+            return fused[:, :, :-2].flatten(1, 2), fused[:, :, -2], fused[:, :, -1]
         if spec.fused_qkv == "blocks":
-            fused = self.qkv_proj(x).view(*rows, 3, spec.num_heads, spec.head_dim)
+            fused = self.qkv_proj(x).unflatten(1, (3, spec.num_heads, size))
             if spec.clip_qkv:
                 fused = fused.clamp(-spec.clip_qkv, spec.clip_qkv)
-            return fused[:, :, 0], fused[:, :, 1], fused[:, :, 2]
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            return fused[:, 0], fused[:, 1], fused[:, 2]
+        q, k, v = (part(x).unflatten(1, (-1, size)) for part in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q.view(-1, spec.head_dim)), self.k_norm(k.view(-1, spec.head_dim))
-        q = q.view(*rows, spec.num_heads, spec.head_dim)
-        return q, k.view(*rows, spec.num_kv_heads, spec.head_dim), v.view(*rows, spec.num_kv_heads, spec.head_dim)
+            q, k = self.q_norm(q.flatten(0, 1)).view_as(q), self.k_norm(k.flatten(0, 1)).view_as(k)
+        return q, k, v
 
     def forward(self, x: Tensor, frame: Frame) -> Tensor:
-        out = self.attend(*self.project(x, frame), frame)  # (B, T, heads, head_dim)
-        return self.o_proj(out.reshape(frame.batch * frame.length, -1))
+        q, k, v = (frame.rows(part) for part in self.project(x))
+        return self.o_proj(frame.flat(self.attend(q, k, v, frame)).flatten(1))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, frame: Frame) -> Tensor:
         """q, k, v (B, T, heads, head_dim), not yet rotated -> (B, T, heads, head_dim)."""

@@ -1,7 +1,7 @@
 """Keys and values kept between forwards.
 
-`KVCache` is preallocated storage that generation writes into. `Prefix` is a short run of learnt keys and values
-that stands before every row (prefix tuning) and carries gradients.
+`KVCache` is preallocated storage that generation writes into. `Prefix` is a short run of keys and values that stands
+before every row (prefix tuning, a soft prompt that all rows begin with) and carries gradients.
 """
 
 from __future__ import annotations
@@ -91,3 +91,19 @@ class KVCache:
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.valid, self.positions = self.valid[rows], self.positions[rows]
         self.source = self.source and self.source.select(rows)
+
+
+class Recorder(KVCache):
+    """Keeps the keys and values of one forward over a single row as they are, with their gradients."""
+
+    def __init__(self, spec: Spec, capacity: int, dtype: torch.dtype, device: torch.device):
+        super().__init__(spec, 1, capacity, dtype, device)
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.seen.append((keys, values))
+        return keys, values
+
+    def as_prefix(self) -> Prefix:
+        keys, values = (torch.stack(part) for part in zip(*self.seen, strict=True))
+        return Prefix(keys, values)

@@ -77,6 +77,11 @@ class Network(nn.Module):
         """Share what the model shares: the embedding with the language-model head, mostly."""
         raise NotImplementedError
 
+    def record(self, embeds: Tensor) -> tuple[Tensor, Prefix] | None:
+        """Hidden states (1, n, hidden) of embeddings (1, n, width), and their keys and values to stand before rows
+        that all begin with them; None where that would not be the same."""
+        return None
+
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty cache for `capacity` tokens a row."""
         raise NotImplementedError

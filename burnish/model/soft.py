@@ -35,3 +35,9 @@ def fill(embeds: Tensor, slots: Tensor, table: Tensor, first: int) -> Tensor:
     local = slots - first
     mine = (local >= 0) & (local < len(table))
     return torch.where(mine[..., None], table.to(embeds.dtype)[local.clamp(0, len(table) - 1)], embeds)
+
+
+def leading(slots: Tensor) -> int:
+    """How many pseudo tokens all rows of slots (B, T) begin with, the same in each; the last token is not counted."""
+    same = ((slots == slots[:1]) & (slots >= 0)).all(dim=0)[:-1]
+    return int(same.long().cumprod(0).sum())

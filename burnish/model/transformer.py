@@ -1,8 +1,8 @@
 """One transformer for decoders and encoders, decided by its `Spec`.
 
-Inside a layer activations are kept as (tokens, hidden): on a CPU a 3-D bf16 product goes through batched matmul with
-copies that cost about half of a training step. Parameters are cast to the activations' dtype where they are used, so
-that `compute_dtype = torch.bfloat16` over float32 parameters is mixed precision with float32 masters.
+Inside a layer activations are kept as (tokens, hidden), without padding: on a CPU a 3-D bf16 product goes through
+batched matmul with copies that cost about half of a training step. Parameters are cast to the activations' dtype where
+they are used, so that `compute_dtype = torch.bfloat16` over float32 parameters is mixed precision with float32 masters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from burnish.model.attention import Attention, Frame, narrow, visibility
-from burnish.model.cache import KVCache, Prefix
+from burnish.model.cache import KVCache, Prefix, Recorder
 from burnish.model.families import layout
 from burnish.model.linear import Linear
 from burnish.model.network import Layout, Network
@@ -165,6 +165,12 @@ class Transformer(Network):
         parts = (self.head_transform, self.lm_head, self.score, self.pooler)
         return [part for part in parts if part is not None]
 
+    def record(self, embeds: Tensor) -> tuple[Tensor, Prefix] | None:
+        if not self.spec.causal or self.spec.sliding_layers or self.gradient_checkpointing:
+            return None
+        recorder = Recorder(self.spec, embeds.shape[1], self.dtype, embeds.device)
+        return self(inputs_embeds=embeds, cache=recorder), recorder.as_prefix()
+
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         return KVCache(self.spec.decoder, rows, capacity, self.dtype, self.embed_tokens.weight.device)
 
@@ -197,7 +203,7 @@ class Transformer(Network):
         prefix: Prefix | None = None,
         source: Any = None,
     ) -> Tensor:
-        """Hidden states (B, T, hidden) of T new tokens given as ids (B, T) or embeddings (B, T, hidden).
+        """Hidden states (B, T, hidden) of T new tokens given as ids (B, T) or embeddings (B, T, hidden); 0 at padding.
 
         attention_mask (B, T): real tokens among the new ones. position_ids (B, T) default to counting real tokens,
         on from the cache or the prefix. segment_ids (B, T): documents of a packed row. `cache` is written in place.
@@ -221,22 +227,23 @@ class Transformer(Network):
             types = torch.zeros_like(positions) if token_type_ids is None else token_type_ids
             x = x + self.embed_token_types(types).to(x.dtype)
 
-        frame = Frame(batch, length, mask, causal, rotary, cache, prefix, source=source)
+        real = None if valid is None else valid.flatten().nonzero().squeeze(1)
+        frame = Frame(batch, length, mask, causal, rotary, cache, prefix, real, source)
         frames: Iterable[Frame] = repeat(frame)
         if self.spec.sliding_layers:
             near = self.near(frame, positions, x.dtype)
             frames = [near if layer in self.spec.sliding_layers else frame for layer in range(self.spec.num_layers)]
-        x = x.view(batch * length, -1)
+        x = frame.flat(x)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        for layer, frame in zip(self.layers, frames, strict=False):
+        for layer, own in zip(self.layers, frames, strict=False):
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, frame, use_reentrant=False)
+                x = checkpoint(layer, x, own, use_reentrant=False)
             else:
-                x = layer(x, frame)
+                x = layer(x, own)
         if self.norm is not None:
             x = self.norm(x)
-        return x.view(batch, length, -1)
+        return frame.rows(x)
 
     def near(self, frame: Frame, positions: Tensor, dtype: torch.dtype) -> Frame:
         """The frame of the sliding layers, from that of the others."""

@@ -78,7 +78,7 @@ def test_a_row_that_runs_out_of_memory_or_time_is_its_own_loss(root, tmp_path, d
     rows = [{"name": "base"}]
     results, _ = run(tmp_path, tiny.folder(root, "llama"), [task], rows, memory_limit=2e6, controls=False)
     assert results["rows"][0]["status"] == "oom"
-    results, _ = run(tmp_path / "b", tiny.folder(root, "llama"), [task], rows, timeout=0.5, controls=False)
+    results, _ = run(tmp_path / "b", tiny.folder(root, "llama"), [task], rows, timeout=0.01, controls=False)
     assert results["rows"][0]["status"] == "timeout" and results["rows"][0]["quality"]["mean"] is None
 
 

@@ -103,6 +103,7 @@ def network(seed=0):
     net = Transformer(read_spec(CONFIG)).initialize(0.2).requires_grad_(False).to(BF16)
     net.layers[0].mlp.up_proj.weight.requires_grad_(True)
     net.layers[0].self_attn.k_proj.weight.requires_grad_(True)
+    net.layers[1].input_layernorm.weight.requires_grad_(True)
     return net
 
 
@@ -119,23 +120,24 @@ def gradients(net, dtype, kernels, **inputs):
     return [hidden.detach(), *torch.autograd.grad((hidden * slopes.to(dtype)).sum(), trained)]
 
 
+@pytest.mark.parametrize("dtype", training.DTYPES)
 @pytest.mark.parametrize("padded", [True, False])
-def test_a_fused_network_gives_the_plain_ones_results(padded):
+def test_a_fused_network_gives_the_plain_ones_results(padded, dtype):
     inputs = {"attention_mask": torch.arange(19) < torch.tensor([[19], [7], [11]])} if padded else {}
     errors = torch.zeros(2)  # by the kernels, and the plain way
     for seed in range(4):
-        found = gradients(network(seed), BF16, True, **inputs)
-        plain = gradients(network(seed), BF16, False, **inputs)
+        found = gradients(network(seed), dtype, True, **inputs)
+        plain = gradients(network(seed), dtype, False, **inputs)
         exact = gradients(network(seed), torch.float64, False, **inputs)
         for ours, other, truth in zip(found, plain, exact, strict=True):
             errors += torch.tensor([error(ours, truth), error(other, truth)])
-    assert errors[0] < 1.15 * errors[1]
+    assert errors[0] < (1.15 if dtype == BF16 else 2) * errors[1]
 
 
 def test_fusing_is_undone_and_leaves_other_dtypes_alone():
     net = network()
     kinds = [type(module) for module in net.modules()]
-    plain, inside = gradients(net, torch.float32, False), gradients(net, torch.float32, True)
+    plain, inside = gradients(net, torch.float64, False), gradients(net, torch.float64, True)
     assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
     assert [type(module) for module in net.modules()] == kinds
 

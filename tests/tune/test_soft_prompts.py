@@ -117,3 +117,38 @@ def test_prompts_start_as_configured(root):
 def test_an_empty_soft_prompt_is_refused(root, name):
     with pytest.raises(UserError, match="num_virtual_tokens is 0; at least 1 is needed"):
         chain.apply(load(tiny.folder(root, "llama")), {name: {"num_virtual_tokens": 0}})
+
+
+PROMPTS = [
+    {"prompt_tuning": {"num_virtual_tokens": 4}},
+    {"p_tuning": {"template": "[P*3] {prompt} [P*2]"}},
+]
+
+
+@pytest.mark.parametrize("family", tiny.DECODERS)
+@pytest.mark.parametrize("technique", PROMPTS)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_pseudo_tokens_that_all_rows_begin_with_are_computed_once(root, monkeypatch, family, technique, side):
+    """The same hidden states and gradients as with each row's own, in fewer tokens, where nothing stands before them
+    and no window slides."""
+    model = chain.apply(load(tiny.folder(root, family)), technique, Context(seed=4))
+    rows = [Example(ids, [IGNORE, *ids[1:]]) for ids in (IDS[0].tolist(), IDS[1, :4].tolist())]
+    batch = collate(list(encode(model, rows)), 0, side)
+    tokens: list[int] = []
+    model.net.layers[0].mlp.down_proj.register_forward_hook(lambda module, inputs, out: tokens.append(len(out)))
+
+    def run():
+        tokens.clear()
+        hidden = forward(model, batch)[batch["attention_mask"]]
+        slopes = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+        return [hidden.detach(), *torch.autograd.grad((hidden * slopes).sum(), list(model.trainable().values()))]
+
+    found, once = run(), sum(tokens)
+    monkeypatch.setattr(type(model.net), "record", lambda net, embeds: None)
+    each, count = run(), int(batch["attention_mask"].sum())
+    assert sum(tokens) == count  # padding costs nothing
+    shared = {"prompt_tuning": 4, "p_tuning": 3}[next(iter(technique))]
+    possible = side == "right" and not model.spec.sliding_layers
+    assert once == count - shared * possible
+    for ours, want in zip(found, each, strict=True):
+        torch.testing.assert_close(ours, want, atol=1e-4, rtol=1e-4)
