@@ -289,7 +289,7 @@ def _training_mode(model: Model, config: TrainConfig) -> Iterator[None]:
         log.warning(slower)
     compiles = config.compile and not slower
     if compiles:
-        for layer in net.layers:
+        for layer in net.all_layers:
             layer.compile()
     try:
         with fused(net):
@@ -299,5 +299,5 @@ def _training_mode(model: Model, config: TrainConfig) -> Iterator[None]:
         net.train(before[0])
         net.compute_dtype, net.gradient_checkpointing = before[1:]
         if compiles:
-            for layer in net.layers:
+            for layer in net.all_layers:
                 layer._compiled_call_impl = None

@@ -33,6 +33,10 @@ class ForeignPair(Foreign):
             if isinstance(part, nn.ModuleList)
         )
 
+    @property
+    def all_layers(self) -> list[nn.Module]:
+        return [layer for path in self.stacks for layer in self.hf.base_model.get_submodule(path).children()]
+
     def new_states(self) -> Any:
         from transformers import DynamicCache, EncoderDecoderCache
 

@@ -53,6 +53,11 @@ class Network(nn.Module):
         layers: nn.ModuleList
 
     @property
+    def all_layers(self) -> list[nn.Module]:
+        """The layers, an encoder-decoder's decoder included."""
+        return list(self.layers)
+
+    @property
     def layout(self) -> Layout:
         raise NotImplementedError
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from burnish.model.attention import Attention, Frame
 from burnish.model.cache import KVCache
@@ -87,6 +87,10 @@ class Seq2Seq(Transformer):
         self.body = ("layers.", "decoder.layers.")
         self.decoder = Decoder(spec.decoder)
         self.decoder.embed_tokens = self.embed_tokens
+
+    @property
+    def all_layers(self) -> list[nn.Module]:
+        return [*self.layers, *(self.decoder.layers if self.decoder is not None else ())]
 
     def set_head(self, spec: Spec) -> None:
         if spec.head != "lm":

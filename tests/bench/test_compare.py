@@ -124,3 +124,17 @@ def test_controls():
     assert sorted(r["completion"] for r in dealt) == sorted(r["completion"] for r in task.train)
     assert [r["completion"] for r in dealt] != [r["completion"] for r in task.train]
     assert [r["prompt"] for r in dealt] == [r["prompt"] for r in task.train]
+
+
+def test_an_encoder_decoder_is_compared(root, tmp_path, data):
+    labels = [{"text": prompt, "label": answer} for prompt, answer in PAIRS] * 4
+    path = write_rows(tmp_path / "labels.jsonl", labels)
+    tasks = [
+        {"name": "mine", "data": data, "eval_data": data},
+        {"name": "labels", "data": path, "eval_data": path, "text_columns": ["text"], "label_column": "label"},
+    ]
+    rows = [{"name": "base"}, LORA, {"name": "prompt", "techniques": ["prompt_tuning"], "learning_rate": 0.1}]
+    results, _ = run(tmp_path, tiny.folder(root, "t5"), tasks, rows, controls=False, seeds=[0])
+    assert [row["error"] for row in results["rows"] if row["status"] != "ok"] == []
+    metrics = {(row["name"], row["task"]): row["quality"]["metric"] for row in results["rows"]}
+    assert metrics["LoRA", "mine"] == "exact_match" and metrics["LoRA", "labels"] == "accuracy"

@@ -167,11 +167,17 @@ def test_loss_equals_transformers(pair):
     batch = collated(model, examples())
     labels = batch["labels"][:, 1:].contiguous()
     given = {"input_ids": batch["source_input_ids"], "attention_mask": batch["source_attention_mask"].long()}
-    with torch.no_grad():
-        want = reference(**given, labels=labels).loss
-        loss, count = loss_sum(model, batch)
+    want = reference(**given, labels=labels).loss
+    loss, count = loss_sum(chain.apply(model, ["full"]), batch)
     assert count == int((labels != IGNORE).sum()) == 16
     torch.testing.assert_close(loss / count, want, atol=1e-4, rtol=0)
+    want.backward()
+    (loss / count).backward()
+    own, others = dict(model.net.named_parameters()), dict(reference.named_parameters())
+    for name in own:
+        plain = name.removesuffix(".dense")
+        other = others[model.net.layout.tensors[plain]]
+        torch.testing.assert_close(own[name].grad, other.grad, atol=1e-4, rtol=1e-3, msg=name)
 
 
 def rows(folder: Path) -> Path:
@@ -298,6 +304,8 @@ def test_latency_and_plan(root):
         ({"feed_forward_proj": "gated-mish"}, "activation 'mish' is not supported"),
         ({"is_decoder": True}, "is_decoder: true is not supported"),
         ({"d_kv": None}, "d_kv"),
+        ({"relative_attention_max_distance": 4}, "relative_attention_num_buckets: 8 do not fit"),
+        ({"decoder_start_token_id": 80}, "decoder_start_token_id: 80"),
         ({"decoder_start_token_id": None, "pad_token_id": None}, "decoder_start_token_id"),
     ],
 )

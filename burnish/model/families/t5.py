@@ -32,9 +32,20 @@ def start(config: Config) -> int:
     """The decoder's first token, the padding token where the config names none."""
     found = config.get("decoder_start_token_id")
     found = config.get("pad_token_id", 0) if found is None else found
-    if not isinstance(found, int):
-        raise UserError("config.json: decoder_start_token_id: the decoder needs a token to begin with")
+    if not isinstance(found, int) or not 0 <= found < config["vocab_size"]:
+        raise UserError(f"config.json: decoder_start_token_id: {found} is no token for the decoder to begin with")
     return found
+
+
+def refuse(config: Config) -> str | None:
+    """What T5's own code takes and this one does not, and buckets that cannot be told apart."""
+    count, far = (
+        optional(f"relative_attention_{name}", default)(config)
+        for name, default in (("num_buckets", 32), ("max_distance", 128))
+    )
+    if count < 4 or far <= count // 2:
+        return f"relative_attention_num_buckets: {count} do not fit relative_attention_max_distance {far}"
+    return unless(is_decoder=False)(config)
 
 
 def logit_scale(config: Config) -> float:
@@ -115,7 +126,7 @@ T5 = Family(
     copies=(("encoder.embed_tokens.weight", "shared.weight"), ("decoder.embed_tokens.weight", "shared.weight")),
     ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias",),
     stored=lambda spec, names: replace(spec, tied=bool(spec.logit_scale) or "lm_head.weight" not in names),
-    refuse=unless(is_decoder=False),
+    refuse=refuse,
 )
 
 MT5 = replace(
