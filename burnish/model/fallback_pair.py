@@ -23,6 +23,11 @@ class ForeignPair(Foreign):
 
     factor: float | None = None  # what its encoder multiplies embeddings by, once it was tried
 
+    def __init__(self, spec: Spec, hf_config: dict[str, Any]):
+        super().__init__(spec, hf_config)
+        if len(self.stacks) != 2 or not self.root:
+            raise UserError(f"config.json: a {spec.family} model keeps its encoder and decoder in a way of its own")
+
     @staticmethod
     def find_stacks(base: nn.Module, spec: Spec) -> tuple[str, ...]:
         sides = {path: base.get_submodule(path) for path in ("encoder", "decoder") if path in base._modules}
@@ -64,25 +69,32 @@ class ForeignPair(Foreign):
         """The encoded source."""
         valid = None if mask is None or bool(mask.all()) else mask.bool()
         self.check_padding(valid)
-        x = embeds.to(self.dtype) * self.embedding_factor()
+        factor = self.embedding_factor() if self.factor is None else self.factor
+        x = embeds.to(self.dtype) * factor
         with self.precision():
             states = self.hf.get_encoder()(inputs_embeds=x, attention_mask=None if valid is None else valid.long())[0]
         return Source(states, None if valid is None else valid[:, None, None], kept)
 
     @torch.no_grad()
     def embedding_factor(self) -> float:
-        """What ids are multiplied by and embeddings not: nothing, or `embed_scale` (Pegasus); tried once."""
-        if self.factor is not None:
-            return self.factor
-        encoder, training = self.hf.get_encoder(), self.training
-        self.eval()
-        ids = torch.arange(4, device=self.embed_tokens.weight.device)[None] + self.hf.config.pad_token_id + 1
-        want = encoder(input_ids=ids)[0]
-        for factor in (1.0, getattr(encoder, "embed_scale", 1.0)):
-            got = encoder(inputs_embeds=self.embed_tokens(ids) * factor)[0]
-            if (got - want).norm() <= 0.02 * want.norm():
-                self.factor = factor
-        self.train(training)
-        if self.factor is None:
-            raise UserError(f"a {self.spec.family} model takes embeddings in a way of its own")
-        return self.factor
+        """What ids are multiplied by and embeddings not: nothing, or `embed_scale` (Pegasus).
+
+        Tried once, on four tokens. Raises UserError where neither gives the logits that the model itself gives.
+        """
+        training, ids = self.training, torch.arange(4, device=self.embed_tokens.weight.device)[None]
+        ids = ids + self.hf.config.pad_token_id + 1  # padding has no position
+        scale = getattr(self.hf.get_encoder(), "embed_scale", 1.0)
+        try:
+            self.eval()
+            with self.precision():
+                want = self.hf(input_ids=ids, decoder_input_ids=ids).logits
+            for self.factor in (scale, 1.0):
+                got = self.logits(self(input_ids=ids, source_embeds=self.embed(ids)))
+                if (got - want).norm() <= 0.02 * want.norm():
+                    return self.factor
+            self.factor = None
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+            self.factor = None
+        finally:
+            self.train(training)
+        raise UserError(f"a {self.spec.family} model computes in a way of its own: its logits cannot be reproduced")

@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -85,13 +85,18 @@ def pair_spec(name: str, config: dict[str, Any], read: Any, head: Head | None) -
         raise UserError(f"config.json: architecture '{declared}' is not supported; supported: {known}")
     if head not in (None, "lm"):
         raise UserError(f"config.json: transformers has no classifier of this kind: the encoder of '{name}' alone")
-    start = read.decoder_start_token_id
-    if not getattr(read, "share_encoder_decoder_embeddings", True) or not read.tie_word_embeddings:
+    ask = partial(getattr, read)
+    start = ask("decoder_start_token_id", None)
+    if not ask("share_encoder_decoder_embeddings", True) or not ask("tie_word_embeddings", True):
         raise UserError(f"config.json: a '{name}' with several embeddings is not supported")
     if not isinstance(start, int):
         raise UserError("config.json: decoder_start_token_id is missing; the decoder begins with it")
-    found = {**shape(read), "num_kv_heads": 0}  # a prefix would shift positions that the model counts by itself
-    return Spec(family=name, kind="seq2seq", decoder_layers=read.decoder_layers, decoder_start=start, **found)
+    try:
+        layers = ask("decoder_layers", None) or read.num_decoder_layers
+        found = {**shape(read), "num_kv_heads": 0}  # a prefix would shift positions that the model counts by itself
+    except AttributeError as error:
+        raise UserError(f"config.json: a '{name}' is described in a way of its own: {error}") from None
+    return Spec(family=name, kind="seq2seq", decoder_layers=layers, decoder_start=start, **found)
 
 
 def read_config(config: dict[str, Any]) -> Any:
