@@ -8,7 +8,8 @@ network. What peft trains, and what it saves under which name, is then what it d
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ from burnish.model.network import Network
 from burnish.model.surgery import replace
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+def zeros(shape: Sequence[int]) -> Tensor:
+    """Zeros on the CPU that take no memory."""
+    return torch.zeros(1, device="cpu").expand(*shape)
 
 
 class Shown(nn.Module):
@@ -47,13 +53,9 @@ class Shown(nn.Module):
     def matrix(self) -> Tensor:
         """(out, in)"""
         stored = self.linear.weight
-        if self.is_meta:
-            return torch.zeros(1, device="cpu").expand(stored.shape)
+        if any(parameter.is_meta for parameter in stored.parameters()):
+            return zeros(stored.shape)
         return stored.dense if isinstance(stored, Dense) else stored.dequantize()
-
-    @property
-    def is_meta(self) -> bool:
-        return any(parameter.is_meta for parameter in self.linear.weight.parameters())
 
     @property
     def weight(self) -> Tensor:
@@ -61,7 +63,8 @@ class Shown(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        return self.linear.bias
+        bias = self.linear.bias
+        return zeros(bias.shape) if bias is not None and bias.is_meta else bias
 
     def forward(self, x: Tensor) -> Tensor:
         return by_tokens(self.linear, x)
@@ -73,8 +76,8 @@ class Shown(nn.Module):
         nn.Module.__init__(module)
         module.__dict__.update({name: getattr(self, name) for name in ("in_features", "out_features", "nx", "nf")})
         for name, value in (("weight", self.weight), ("bias", self.bias)):
-            copied = None if value is None else value.detach().to("meta" if self.is_meta else value.device, copy=True)
-            module.register_parameter(name, None if copied is None else nn.Parameter(copied.contiguous()))
+            copied = None if value is None else value.detach().clone(memory_format=torch.contiguous_format)
+            module.register_parameter(name, None if copied is None else nn.Parameter(copied))
         return module
 
 
@@ -109,6 +112,10 @@ class Adapted(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """What is given to it, as when weights are tied, is its base's."""
+        self.base.register_parameter(name, param)
+
     def merged(self) -> nn.Module:
         """The base with peft's layer folded into it, in float32; a projection is a copy, other modules are changed."""
         layer: Any = self.layer
@@ -138,7 +145,7 @@ def skeleton(model: Model) -> tuple[Any, dict[str, str]]:
     paths = {foreign: path for foreign, path in paths.items() if foreign in leaves}
     for foreign, path in paths.items():
         own: Any = net.get_submodule(path)
-        if type(own) is Linear:
+        if isinstance(own, Linear):
             own = (ShownConv1D if isinstance(leaves[foreign], Conv1D) else ShownLinear)(own)
         replace(hf, foreign, lambda _, own=own: own)  # type: ignore[misc]
     return hf, paths
@@ -152,9 +159,24 @@ def has(net: Network, path: str) -> bool:
     return True
 
 
+@contextmanager
+def filled(hf: Any) -> Iterator[None]:
+    """Inside the block the parameters of leaves that have no storage are zeros, as `Shown` shows them."""
+    leaves = [module for module in hf.modules() if not any(module.children())]
+    empty = [(m, name, p) for m in leaves for name, p in m._parameters.items() if p is not None and p.is_meta]
+    for module, name, parameter in empty:
+        module._parameters[name] = nn.Parameter(zeros(parameter.shape), requires_grad=parameter.requires_grad)
+    try:
+        yield
+    finally:
+        for module, name, parameter in empty:
+            module._parameters[name] = parameter
+
+
 def peft_model(hf: Any, options: Any, name: str) -> PeftModel:
     """The skeleton changed by peft, for the technique `name`."""
-    changed: Any = PeftModel(hf, options)
+    with filled(hf):
+        changed: Any = PeftModel(hf, options)
     changed.technique = name
     return changed
 
@@ -174,7 +196,3 @@ def install(net: Network, changed: PeftModel, paths: dict[str, str]) -> None:
             )
     for path, layer in found.items():
         replace(net, paths[path], lambda base, layer=layer: Adapted(base, layer, changed))  # type: ignore[misc]
-        for module in layer.modules():
-            for key, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_meta and key in module._non_persistent_buffers_set:
-                    module._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")

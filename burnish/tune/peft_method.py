@@ -81,15 +81,15 @@ def method(kind: str) -> Method:
         import peft
     except ImportError:
         raise UserError(f"technique '{name}': peft is not installed; pip install peft") from None
-    known = {key.value.lower(): config for key, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if kind not in known:
-        raise UserError(f"technique '{name}' is unknown{nearest(kind, known)}; known: {PREFIX}{', '.join(known)}")
-    if issubclass(known[kind], peft.PromptLearningConfig):
+    known = {PREFIX + key.value.lower(): config for key, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if name not in known:
+        raise UserError(f"technique '{name}' is unknown{nearest(name, known)}; known: {', '.join(known)}")
+    if issubclass(known[name], peft.PromptLearningConfig):
         own = f"use '{kind}', burnish's own" if kind in OWN else f"burnish's own are {', '.join(OWN)}"
         raise UserError(f"technique '{name}': it is a method of virtual tokens, which does not run here; {own}")
     if kind in REFUSED:
         raise UserError(f"technique '{name}': it does not run here: {REFUSED[kind]}")
-    return Method(name, known[kind])
+    return Method(name, known[name])
 
 
 class Method:
