@@ -147,12 +147,12 @@ def canonical(entries: Stored, layout: Layout) -> Stored:
 def stored_names(model: Model) -> dict[str, tuple[str, str | None]]:
     """Parameter name -> (burnish's stored name, the family's name or None where only burnish knows the tensor).
 
-    Stored names leave away a wrapper's `.base` and a dense weight's `.dense`.
+    Stored names leave away wrappers' `.base` and a dense weight's `.dense`.
     """
     tensors = model.net.layout.tensors
     names: dict[str, tuple[str, str | None]] = {}
     for name in model.net.stored_tensors():
-        native = name.replace(".base.", ".").removesuffix(".dense")
+        native = re.sub(r"(\.base)+\.", ".", name).removesuffix(".dense")
         names[name] = (native, tensors.get(native))
     return names
 

@@ -183,11 +183,12 @@ def peft_model(hf: Any, options: Any, name: str) -> PeftModel:
 
 def install(net: Network, changed: PeftModel, paths: dict[str, str]) -> None:
     """Put the layers that peft made in the skeleton into the network. Raises UserError where it has no such module."""
-    found: dict[str, Any] = {}
+    outermost: dict[str, Any] = {}
     for path, module in changed.get_base_model().named_modules():
-        inside = any(path.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not inside:
-            found[path] = module
+        inside = any(path.startswith(f"{outer}.") for outer in outermost)
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper, Adapted)) and not inside:
+            outermost[path] = module
+    found = {path: module for path, module in outermost.items() if not isinstance(module, Adapted)}
     for path in found:
         own = net.get_submodule(paths[path]) if path in paths else None
         if own is None or (any(own.children()) and type(own) is not Linear):

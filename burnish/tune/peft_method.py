@@ -48,9 +48,8 @@ REFUSED = {
     "xlora": "it mixes adapters that are trained already",
 }
 NAMED = ("target_modules", "feedforward_modules")  # options that name modules
-OFF: dict[
-    str, tuple[Any, ...]
-] = {  # options that a base under burnish's care does not allow, with the values that leave it alone
+# options that change the base, let it train, or are not stored whole, with the values that do not
+OFF: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "target_parameters": (None, []),
     "layer_replication": (None, []),
@@ -114,9 +113,8 @@ class Method:
         for option, allowed in OFF.items():
             value = getattr(config, option, allowed[0])
             if value not in allowed:
-                raise UserError(
-                    f"technique '{self.name}': {option}: {value} is not supported; leave it at {allowed[0]}"
-                )
+                where = f"technique '{self.name}': {option}"
+                raise UserError(f"{where}: {value} is not supported; leave it at {allowed[0]}")
 
     def options(self, config: Any) -> Any:
         """The options as peft's config object."""
@@ -138,9 +136,8 @@ class Method:
         net = model.net
         trains = [(parameter, parameter.requires_grad) for parameter in net.parameters()]
         hf, paths = skeleton(model)
-        names = {
-            option: targets(getattr(config, option), paths, self.name) for option in NAMED if hasattr(config, option)
-        }
+        given = {option: getattr(config, option) for option in NAMED if hasattr(config, option)}
+        names = {option: targets(value, paths, self.name) for option, value in given.items()}
         with rejections(self.name), torch.device("cpu"):
             changed = peft_model(hf, self.options(replace(config, **names)), self.name)
         for parameter, before in trains:
@@ -160,6 +157,8 @@ class Method:
             if not isinstance(base, Linear):
                 put(model.net, path, lambda _, merged=merged: merged.requires_grad_(False))  # type: ignore[misc]
                 continue
+            if (merged.bias is None) != (base.bias is None):
+                raise UserError(f"technique '{self.name}': merging needs a bias that '{path}' does not have")
             put(model.net, path, lambda _, base=base: base)  # type: ignore[misc]
             if not isinstance(base.weight, Dense):
                 expanded.append(path)

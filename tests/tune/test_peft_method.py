@@ -214,6 +214,45 @@ def test_a_chain_with_a_new_head_and_a_trained_layer(root, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "techniques",
+    [
+        ["peft:ln_tuning", {"peft:ia3": {}}],
+        [{"peft:ia3": {}}, {"lora": {"target_modules": ["k_proj", "q_proj"]}}],
+        ["full", {"peft:hra": {"r": 4, **QV}}],
+        [{"peft:hra": {"r": 4, **QV}}, "nf4"],
+    ],
+)
+def test_beside_other_techniques(root, tmp_path, techniques):
+    model = chain.apply(load(tiny.folder(root, "llama")), techniques)
+    disturb(model.trainable().values())
+    want = ours(model)
+    again = load(save(model, tmp_path))
+    torch.testing.assert_close(ours(again), want, atol=0, rtol=0)
+    assert set(again.trainable()) == set(model.trainable())
+    if techniques[-1] != "nf4":
+        chain.merge(model)
+        torch.testing.assert_close(ours(model), want, **CLOSE)
+
+
+@pytest.mark.parametrize("head", ["classification", "none"])
+def test_a_classifier_that_peft_trained_and_a_bare_body(root, tmp_path, head):
+    folder = tiny.folder(root, "bert", head)
+    task = {"task_type": "SEQ_CLS"} if head == "classification" else {}
+    other = theirs_applied(folder, "loha", {"r": 4, **BERT, **task})
+    disturb(parameter for parameter in other.parameters() if parameter.requires_grad)
+    other.save_pretrained(tmp_path / "theirs")
+    model = load(tmp_path / "theirs")
+    save(model, tmp_path / "ours")
+    loaded = peft.PeftModel.from_pretrained(reference(folder), tmp_path / "ours").eval()
+    with torch.no_grad():
+        got = forward(model, {"input_ids": IDS})
+        if head == "classification":
+            got = model.net.logits(model.net.pool(got, torch.ones_like(IDS, dtype=torch.bool)))
+        for found in (other, loaded):
+            torch.testing.assert_close(got, found(input_ids=IDS)[0], **CLOSE)
+
+
+@pytest.mark.parametrize(
     ("targets", "paths"),
     [
         (["o_proj"], ["self_attn.o_proj"]),
