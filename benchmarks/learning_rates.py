@@ -17,7 +17,8 @@ from pathlib import Path
 
 from burnish import device
 from burnish.bench.compare import DEFAULT
-from burnish.bench.jobs import run_job
+from burnish.bench.jobs import Job, run_job
+from burnish.bench.launcher import launchers
 from burnish.config import load_yaml
 from burnish.store.hub import resolve
 from burnish.store.identity import identity
@@ -56,8 +57,16 @@ def main() -> None:
                 job |= {"task": {"name": task, "split": "dev"}, "seeds": [SEED], "threads": 1}
                 trials.append((row["name"], task, rate, job))
 
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.workers) as pool:
-        results = pool.map(lambda trial: run_job(trial[3], Path(scratch), 600), trials)
+    with tempfile.TemporaryDirectory() as scratch, launchers(options.workers) as free:
+        pool = ThreadPoolExecutor(options.workers)
+
+        def run(job: Job) -> Job:
+            launcher = free.get()
+            result = run_job(job, Path(scratch), 600, launcher)
+            free.put(launcher)
+            return result
+
+        results = pool.map(run, [trial[3] for trial in trials])
         table: dict[str, dict[str, dict[str, float | None]]] = {}
         for (name, task, rate, _), result in zip(trials, results, strict=True):
             score = result["quality"]["mean"] if result["status"] == "ok" else None

@@ -3,7 +3,8 @@
 A technique is one module: a frozen dataclass `Config`, `apply(model, config, context) -> Config` that changes the
 model in place and returns the resolved config (every choice that shaped the model), `rebuild(model, config)` that
 makes the same structure without data, and any of the hooks in `HOOKS`. The registry below is the only other place
-that knows it. Nothing outside asks for a technique by name: the loop and the engine call hooks in chain order.
+that knows it; a collection gives techniques under names of its own ("peft:ia3"). Nothing outside asks for a technique
+by name: the loop and the engine call hooks in chain order.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ TECHNIQUES = {
     "nf4": "burnish.compress.nf4",
     "magnitude": "burnish.compress.magnitude",
 }
+COLLECTIONS = {"peft": "burnish.tune.peft_method"}  # "peft:ia3": its module's method("ia3")
 
 HOOKS = {
     "encode": "encode(model, config, example) -> example: rewrite an example before padding",
@@ -46,8 +47,11 @@ HOOKS = {
 }
 
 
-def technique(name: str) -> ModuleType:
-    """The module of a registered technique. Raises UserError naming the nearest."""
+def technique(name: str) -> Any:
+    """The module of a registered technique, or what stands for one. Raises UserError naming the nearest."""
+    collection, colon, member = name.partition(":")
+    if colon and collection in COLLECTIONS:
+        return importlib.import_module(COLLECTIONS[collection]).method(member)
     if name not in TECHNIQUES:
         raise UserError(f"technique '{name}' is unknown{nearest(name, TECHNIQUES)}; known: {', '.join(TECHNIQUES)}")
     return importlib.import_module(TECHNIQUES[name])

@@ -5,6 +5,7 @@ Run as a script it prints docs/capabilities.md: `python tests/contract_cells.py 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,10 +14,10 @@ from tiny_foreign import CONTRACT as FOREIGN
 from tiny_foreign import ENCODERS as FOREIGN_ENCODERS
 from tiny_foreign import PAIRS as FOREIGN_PAIRS
 
-from burnish.chain import TECHNIQUES
 from burnish.model.families import FAMILIES
 from burnish.model.linear import Dense, Weight
 from burnish.model.network import Network
+from burnish.model.surgery import linears
 
 WORKS, REFUSED, NOT_APPLICABLE = "works", "refused", "not applicable"
 
@@ -92,6 +93,9 @@ FOREIGN_PROJECTIONS = {  # transformers' own paths: of a layer, and in it
 }
 
 
+SCALED = r".*\.(q_proj|v_proj|qkv_proj|query|value|in_proj)"
+
+
 def nothing(net: Network) -> set[str]:
     return set()
 
@@ -113,6 +117,15 @@ def low_rank(net: Network) -> set[str]:
         names += tuple(name.replace("self_attn", cross) for name in names if "self_attn" in name)
         paths += [f"{decoder}.{i}.{name}" for i in range(spec.decoder_layers) for name in names]
     return {f"{path}.lora_{letter}" for path in paths for letter in "AB"}
+
+
+def scaled(net: Network) -> set[str]:
+    """The scales of the projections that `SCALED` names."""
+    return {
+        f"{path.removesuffix('.base')}.layer.ia3_l.default"
+        for path, _ in linears(net)
+        if re.fullmatch(SCALED, path.removesuffix(".base"))
+    }
 
 
 def new_head(net: Network) -> set[str]:
@@ -143,6 +156,7 @@ ROWS = {
     "full": Row("base", everything),
     "transfer": Row("hidden", new_head),
     "lora": Row("base", low_rank, {"r": 4, "target_modules": "all-linear"}),
+    "peft:ia3": Row("base", scaled, {"target_modules": SCALED, "feedforward_modules": []}),
     "prompt_tuning": Row("soft", lambda net: {"techniques.prompt_tuning.embedding"}, {"num_virtual_tokens": 4}),
     "p_tuning": Row("soft", prompt_encoder, {"template": "[P*2] {prompt} [P*2]"}),
     "prefix_tuning": Row("soft", prefix_encoder, {"num_virtual_tokens": 4, "encoder_hidden_size": 16}),
@@ -207,14 +221,15 @@ def page() -> str:
         *(f"- **{cell}**: {meaning}." for cell, meaning in CELLS.items()),
         "",
         "**yes** is tested. **refused** is an error of one line with the reason; **–** has no meaning there. The "
-        "numbers lead to the reasons below.",
+        "numbers lead to the reasons below. `peft:ia3` stands for the methods of peft that change modules; "
+        "`tests/tune/test_peft_method.py` holds more of them against peft itself.",
     ]
     reasons: list[str] = []
     for family in (*FAMILIES, *FOREIGN):
         if family == FOREIGN[0]:
             lines += ["", "# Through transformers", "", *THROUGH]
         lines += ["", f"## {family}", "", f"| technique | {' | '.join(CELLS)} |", "|---" * (len(CELLS) + 1) + "|"]
-        for technique in TECHNIQUES:
+        for technique in ROWS:
             cells = []
             for cell in CELLS:
                 status, reason = outcome(technique, family, cell)

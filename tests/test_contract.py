@@ -298,7 +298,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("family", [*FAMILIES, *FOREIGN])
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("technique", ROWS)
 def test_contract(technique: str, family: str, cell: str, root: Path, tmp_path: Path) -> None:
     status, reason = outcome(technique, family, cell)
     if status == NOT_APPLICABLE:
@@ -313,7 +313,9 @@ def test_contract(technique: str, family: str, cell: str, root: Path, tmp_path: 
 
 
 def test_every_technique_has_a_row() -> None:
-    assert set(ROWS) == set(TECHNIQUES), "give a new technique its row in tests/contract_cells.py"
+    assert {name for name in ROWS if ":" not in name} == set(TECHNIQUES), (
+        "give a new technique its row in tests/contract_cells.py"
+    )
     assert set(contract_cells.FOREIGN_PROJECTIONS) == set(FOREIGN)
     assert set(contract_cells.PROJECTIONS) == set(FAMILIES), "give a new family its projections there"
 

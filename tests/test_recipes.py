@@ -30,7 +30,7 @@ def test_tune(tmp_path, capsys, name):
     model = load(out)
     assert [link.name for link in model.chain]
     if model.spec.head == "lm":
-        assert main(["generate", str(out), "--prompt", "job :: Odile Kinlow ::", "--max-new-tokens", "4"]) == 0
+        assert main(["generate", str(out), "--prompt", "job Odile Kinlow =", "--max-new-tokens", "4"]) == 0
 
 
 def test_pretrain(tmp_path):

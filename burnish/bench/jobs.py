@@ -12,15 +12,14 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from burnish.bench.job import OUT_OF_MEMORY
-from burnish.bench.launcher import Launcher
+from burnish.bench.launcher import Launcher, launchers
 from burnish.bench.rows import Cell, learning_rate
 from burnish.bench.twin import write_twin
 from burnish.config import to_mapping
@@ -119,19 +118,6 @@ class Jobs:
         data = [file_digest(job["task"][name]) for name in ("data", "eval_data")] if "task" in job else []
         return self.folder / f"{key([stable, self.identity, self.twin, data])}.json"
 
-    @contextmanager
-    def launchers(self) -> Iterator[SimpleQueue[Launcher]]:
-        """One for each worker; none outlives the block, nor do their jobs."""
-        all_of_them = [Launcher() for _ in range(self.workers)]
-        free: SimpleQueue[Launcher] = SimpleQueue()
-        for launcher in all_of_them:
-            free.put(launcher)
-        try:
-            yield free
-        finally:
-            for launcher in all_of_them:
-                launcher.close()
-
     def run(self, cells: list[Cell], progress: Callable[[str], None]) -> list[tuple[Cell, tuple[Job, Job, Job]]]:
         """Run what is not kept; every cell with the results of its quality, fit and serve jobs."""
         chains = {key(cell.techniques): cell for cell in reversed(cells) if not cell.shuffle}
@@ -160,7 +146,7 @@ class Jobs:
 
         if stale and self.twin:
             write_twin(self.cost_model, str(self.model))
-        with self.launchers() as free:
+        with launchers(self.workers) as free:
             pool = ThreadPoolExecutor(self.workers)
             try:
                 for future in [pool.submit(finish, free, *item) for item in parallel]:

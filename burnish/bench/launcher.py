@@ -16,8 +16,10 @@ import signal
 import subprocess
 import sys
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 
 
 class Launcher:
@@ -73,6 +75,20 @@ class Launcher:
                 os.killpg(self.running, signal.SIGKILL)
 
 
+@contextmanager
+def launchers(count: int) -> Iterator[SimpleQueue[Launcher]]:
+    """Launchers to be taken and put back by threads; neither they nor their jobs outlive the block."""
+    made = [Launcher() for _ in range(count)]
+    free: SimpleQueue[Launcher] = SimpleQueue()
+    for launcher in made:
+        free.put(launcher)
+    try:
+        yield free
+    finally:
+        for launcher in made:
+            launcher.close()
+
+
 def main() -> None:
     """Answer each line [job, result, log] with the job's process id and, once it ended, its exit status."""
     forks = sys.platform == "linux"
@@ -80,7 +96,6 @@ def main() -> None:
         import torch._dynamo  # noqa: F401 - every optimiser of torch's imports it
         from transformers import PreTrainedTokenizerFast  # noqa: F401
 
-        import burnish.bench.job
         from burnish.kernels import training
 
         training.library()

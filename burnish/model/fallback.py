@@ -119,6 +119,7 @@ class Foreign(Network):
         self.body = tuple(f"{self.root}{path}." for path in self.stacks) or (self.root,)
         self.accepts = set(inspect.signature(hf.base_model.forward).parameters)
         self.stateful = "cache_params" in self.accepts
+        self.head_names = [f"{path}.{name}" for path, m in self.head_paths() for name in m.state_dict()]  # unchanged
         tables = (m for path, m in hf.base_model.named_modules() if "position" in path and isinstance(m, nn.Embedding))
         self.offset = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
         self.tie()
@@ -133,9 +134,8 @@ class Foreign(Network):
 
     @property
     def layout(self) -> Layout:
-        head = [f"{path}.{name}" for path, m in self.head_paths() for name in m.state_dict()]
         own = {name for name in (*self.hf._parameters, *self.hf._buffers) if self.root}
-        names = {*(self.root + name for name in self.names), *head, *own}
+        names = {*(self.root + name for name in self.names), *self.head_names, *own}
         prefix = f"{self.hf.base_model_prefix}."
         shown = {name: name if self.root else prefix + name for name in names}
         leaves = {path.rpartition(".")[2] for path, m in self.named_modules() if isinstance(m, Linear) and path}

@@ -162,7 +162,9 @@ def construct(config: Any, head: Head) -> Any:
     import transformers
 
     with rejections(), torch.device("cpu"), Matrices():
-        kind = PAIR[0] if config.is_encoder_decoder else CLASSES[head][0]
+        kind = CLASSES[head][0]
+        if config.is_encoder_decoder:
+            kind = PAIR[0] if head == "lm" else "AutoModelForTextEncoding"
         return getattr(transformers, kind).from_config(config, dtype=torch.float32).eval()
 
 

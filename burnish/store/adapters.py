@@ -1,4 +1,7 @@
-"""LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+LoRA is burnish's own technique where it has all that the adapter asks for; anything else goes through peft itself.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from burnish import chain as chains
 from burnish.config import UserError
 from burnish.model.bundle import Model
 from burnish.model.network import Layout
 from burnish.store.tensors import Entry, read_folder, write_json, write_tensors
+from burnish.tune import peft_method
 
 ROOT = "base_model.model."
+LORA = re.compile(re.escape(ROOT) + r"(.+)\.(lora_[AB])\.weight")
 # no SEQ_CLS: with it PEFT expects the classifier's weights in the adapter
 TASKS = {"lm": "CAUSAL_LM", "classification": None, "none": "FEATURE_EXTRACTION", "masked_lm": None}
 # what PEFT can switch on and burnish's LoRA does not do, with the value that means "off"
@@ -34,8 +41,29 @@ UNSUPPORTED: dict[str, Any] = {
 }
 
 
+def takes(model: Model) -> bool:
+    """Whether the chain is one that PEFT's format holds."""
+    name = model.chain[0].name if len(model.chain) == 1 else ""
+    return name == "lora" or name.startswith(peft_method.PREFIX)
+
+
 def write(model: Model, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write a chain of LoRA alone; `tensors` are its parameters by burnish's names."""
+    """Write a chain that `takes` accepts; `tensors` are its parameters by burnish's names."""
+    name = model.chain[0].name
+    if name == "lora":
+        renamed, record = lora(model, tensors)
+    else:
+        found = peft_method.tensors(model, name)
+        renamed = {key: tensor.clone() for key, tensor in found.items()}
+        record = peft_method.record(model, name)
+    write_tensors(renamed, folder / "adapter_model.safetensors")
+    task = "SEQ_2_SEQ_LM" if model.spec.paired else TASKS[model.spec.head]
+    known = {"task_type": task, "base_model_name_or_path": model.path, "inference_mode": True}
+    write_json({**record, **known}, folder / "adapter_config.json")
+
+
+def lora(model: Model, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by PEFT's names, options) of burnish's own LoRA."""
     layout = model.net.layout
     config = model.chain[0].config
 
@@ -47,61 +75,73 @@ def write(model: Model, tensors: dict[str, Tensor], folder: Path) -> None:
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         renamed[f"{ROOT}{foreign(path)}.{leaf}.weight"] = tensor
-    write_tensors(renamed, folder / "adapter_model.safetensors")
-    record = {
+    return renamed, {
         "peft_type": "LORA",
-        "task_type": "SEQ_2_SEQ_LM" if model.spec.paired else TASKS[model.spec.head],
-        "base_model_name_or_path": model.path,
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
         "bias": "none",
         "fan_in_fan_out": bool(layout.transposed),
-        "inference_mode": True,
         "target_modules": [foreign(path) for path in config.target_modules],
     }
-    write_json(record, folder / "adapter_config.json")
 
 
-def read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Entry], str]:
-    """(chain, tensors by PEFT's module paths, base) of a PEFT LoRA adapter.
+def read(folder: Path, saved: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Entry], str]:
+    """(chain, tensors by PEFT's names, base) of an adapter; `saved` is the chain that burnish wrote beside it.
 
-    The tensor names are `<module>.lora_A` with the base's own module names; `rename` makes them burnish's. Raises
-    UserError for another PEFT method or an option that burnish's LoRA does not have.
+    Raises UserError for a method or an option that does not run here.
     """
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{folder}/adapter_config.json: not valid JSON ({error})") from None
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise UserError(f"{folder}/adapter_config.json: peft_type {kind} is not supported; supported: LORA")
-    for key, off in UNSUPPORTED.items():
-        if config.get(key, off) not in (off, None, [], {}):
-            raise UserError(f"{folder}/adapter_config.json: {key}: {config[key]} is not supported")
-    entries = read_folder(folder, "adapter_model")
-    tensors = {}
-    for name, entry in entries.items():
-        match = re.fullmatch(re.escape(ROOT) + r"(.+)\.(lora_[AB])\.weight", name)
-        if match is None:
-            raise UserError(f"{folder}: tensor {name} is not part of a LoRA adapter")
-        tensors[f"{match[1]}.{match[2]}"] = entry
+    tensors, base = read_folder(folder, "adapter_model"), config.get("base_model_name_or_path") or ""
+    asked = [key for key, off in UNSUPPORTED.items() if config.get(key, off) not in (off, None, [], {})]
+    if saved and saved[0]["name"].startswith(peft_method.PREFIX):
+        return saved, tensors, base
+    if config.get("peft_type") != "LORA" or asked or not all(map(LORA.fullmatch, tensors)):
+        return [peft_method.link(config, str(folder / "adapter_config.json"))], tensors, base
     options = {key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_rslora") if key in config}
-    modules = list({name.rpartition(".")[0] for name in tensors})
-    chain = [{"name": "lora", "config": {**options, "target_modules": modules}}]
-    return chain, tensors, config.get("base_model_name_or_path") or ""
+    return [{"name": "lora", "config": options}], tensors, base
 
 
-def rename(layout: Layout, chain: list[dict[str, Any]], tensors: dict[str, Entry]) -> dict[str, Entry]:
-    """Put burnish's module paths into a chain (in place) and tensors that `read` gave."""
+def rebuild(model: Model, chain: list[dict[str, Any]], tensors: dict[str, Entry]) -> dict[str, Entry]:
+    """Rebuild the chain that `read` gave on the model; returns the tensors by burnish's names.
+
+    Raises UserError where the adapter's modules are not the base's.
+    """
+    if chain[0]["name"] == "lora":
+        tensors = rename(model.net.layout, tensors)
+        chain[0]["config"]["target_modules"] = sorted({name.rpartition(".")[0] for name in tensors})
+        chains.rebuild(model, chain)
+        return tensors
+    chains.rebuild(model, chain)
+    own = {id(tensor): name for name, tensor in model.net.stored_tensors().items()}
+    copies = ".base_layer.weight"  # of the base, which PEFT writes beside an adapted embedding
+    found = {key: entry for key, entry in tensors.items() if not key.endswith(copies)}
+    for key, tensor in peft_method.tensors(model, chain[0]["name"]).items():
+        entry = found.pop(key, None)
+        if entry is None:
+            continue
+        if id(tensor) in own:
+            found[own[id(tensor)]] = entry
+            continue
+        with torch.device("cpu"):
+            same = torch.equal(entry.read(), tensor)
+        if not same:  # what the method draws again from its config
+            raise UserError(f"{entry.path}: tensor {key} is not what its config gives; it does not load here")
+    return found
+
+
+def rename(layout: Layout, tensors: dict[str, Entry]) -> dict[str, Entry]:
+    """LoRA's tensors by burnish's names instead of PEFT's."""
     native = {foreign: path for path, foreign in layout.modules.items()}
     native |= {foreign.removeprefix(layout.prefix): path for foreign, path in native.items()}
-
-    def path(foreign: str) -> str:
+    renamed = {}
+    for name, entry in tensors.items():
+        foreign, leaf = LORA.fullmatch(name).groups()  # type: ignore[union-attr]
         if foreign not in native:
             raise UserError(f"the adapter has a module '{foreign}' that its base does not have")
-        return native[foreign]
-
-    chain[0]["config"]["target_modules"] = sorted(path(name) for name in chain[0]["config"]["target_modules"])
-    return {f"{path(name.rpartition('.')[0])}.{name.rpartition('.')[2]}": entry for name, entry in tensors.items()}
+        renamed[f"{native[foreign]}.{leaf}"] = entry
+    return renamed

@@ -4,7 +4,7 @@ A folder that burnish writes holds `config.json`, the tokenizer, and `burnish.js
 the base's identity. Dense base weights go to `model.safetensors` under their family's own names, so that
 transformers loads the folder unchanged; everything else (quantised storage, prompts, masks) goes to
 `burnish.safetensors` under burnish's names. A chain that leaves the base alone is saved without the base, and a chain
-of LoRA alone in PEFT's format.
+of LoRA or of one of peft's methods alone in PEFT's format.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def load(
     head: Head | None = None,
     techniques: Sequence[chains.TechniqueSpec] = (),
 ) -> Model:
-    """The model in a folder: a Hugging Face checkpoint, what burnish saved, or a PEFT LoRA adapter.
+    """The model in a folder: a Hugging Face checkpoint, what burnish saved, or a PEFT adapter.
 
     dtype None keeps floating tensors as they are stored; a technique's own tensors keep their dtype. `head` overrides
     the checkpoint's own; `techniques` are those that will be applied: where they exchange the head of an
@@ -65,7 +65,7 @@ def load(
     folder = resolve(source)
     saved = read_json(folder / "burnish.json") if (folder / "burnish.json").exists() else {}
     if (folder / "adapter_config.json").exists():
-        chain, extras, base_name = adapters.read(folder)
+        chain, extras, base_name = adapters.read(folder, saved.get("chain", []))
         source = based_on(folder, {"base": base_name, **saved})
     else:
         chain = saved.get("chain", [])
@@ -86,8 +86,9 @@ def load(
     with torch.device("meta"):
         model = Model(build(spec, hf_config), None, hf_config, path=origin(source))
         if (folder / "adapter_config.json").exists():
-            extras = adapters.rename(model.net.layout, chain, extras)
-        chains.rebuild(model, chain)
+            extras = adapters.rebuild(model, chain, extras)
+        else:
+            chains.rebuild(model, chain)
     held = None if quantised else model.net.read_converted(base)
     stored: Stored = dict(entries) if held is None else {name: Held(tensor) for name, tensor in held.items()}
     fill(model, canonical(stored, model.net.layout), extras, folder, dtype, device)
@@ -148,12 +149,12 @@ def canonical(entries: Stored, layout: Layout) -> Stored:
 def stored_names(model: Model) -> dict[str, tuple[str, str | None]]:
     """Parameter name -> (burnish's stored name, the family's name or None where only burnish knows the tensor).
 
-    Stored names leave away a wrapper's `.base` and a dense weight's `.dense`.
+    Stored names leave away wrappers' `.base` and a dense weight's `.dense`.
     """
     tensors = model.net.layout.tensors
     names: dict[str, tuple[str, str | None]] = {}
     for name in model.net.stored_tensors():
-        native = name.replace(".base.", ".").removesuffix(".dense")
+        native = re.sub(r"(\.base)+\.", ".", name).removesuffix(".dense")
         names[name] = (native, tensors.get(native))
     return names
 
@@ -177,7 +178,9 @@ def fill(
         if entry is None and not isinstance(tensors[name], nn.Parameter) and not tensors[name].is_meta:
             continue  # a buffer that holds what its model's code put there
         if entry is None:
-            problems.append(f"missing {key}")
+            drawn = foreign is None and not tensors[name].is_meta and not tensors[name].requires_grad
+            if not drawn:  # again by its technique, from the seed in its config
+                problems.append(f"missing {key}")
             continue
         transposed = key not in extras and native in layout.transposed
         shape = tuple(tensors[name].shape)[:: -1 if transposed else 1]
@@ -249,7 +252,7 @@ def save(model: Model, folder: str | Path) -> Path:
         elif complete:
             other = other.removeprefix(layout.prefix) if spec.head == "none" else other
             foreign[other] = tensor.t() if native in layout.transposed else tensor
-    alone = not complete and [link.name for link in model.chain] == ["lora"]
+    alone = not complete and adapters.takes(model)
     written = {
         "model.safetensors": bool(foreign),
         "burnish.safetensors": bool(extras) and not alone,

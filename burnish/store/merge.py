@@ -30,7 +30,9 @@ def run(config: MergeConfig) -> int:
     notes = chain.merge(model)
     if not notes:
         names = [link.name for link in model.chain] or "nothing"
-        raise UserError(f"{config.model}: holds {names}, which cannot be folded into the weights; mergeable: lora")
+        raise UserError(
+            f"{config.model}: holds {names}, which cannot be folded into the weights; mergeable: lora, peft:*"
+        )
     save(model, config.output_dir)
     for note in notes:
         print(note)

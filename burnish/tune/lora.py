@@ -23,6 +23,7 @@ from burnish.model.bundle import Context, Model
 from burnish.model.linear import Dense, Linear, by_tokens, is_flat
 from burnish.model.surgery import replace as put
 from burnish.model.surgery import select
+from burnish.tune.folding import folded
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,7 @@ def layers(model: Model) -> dict[str, LoRALinear]:
 
 @torch.no_grad()
 def merge(model: Model, config: Config) -> str:
-    """Add the corrections to the weights; a quantised weight becomes dense first, and the note says so.
-
-    The weights are then no stored checkpoint's any more, so the model loses its identity.
-    """
+    """Add the corrections to the weights; a quantised weight becomes dense first, and the note says so."""
     expanded = []
     for path, layer in layers(model).items():
         linear = layer.base
@@ -135,11 +133,4 @@ def merge(model: Model, config: Config) -> str:
             linear.weight = Dense((linear.weight.dequantize().float() + layer.delta()).to(torch.bfloat16))
             linear.weight.requires_grad_(False)
         put(model.net, path, lambda wrapped: cast(LoRALinear, wrapped).base)
-    for link in list(model.chain):
-        if expanded and hasattr(link.config, "without"):
-            link.config = link.config.without(expanded)
-            if not link.config.target_modules:
-                model.chain.remove(link)
-    model.identity = ""
-    note = f"lora: merged into {len(config.target_modules or ())} projections"
-    return note + (f", {len(expanded)} of them quantised and now dense in bfloat16" if expanded else "")
+    return folded(model, "lora", f"{len(config.target_modules or ())} projections", expanded)

@@ -42,7 +42,7 @@ def _distinct(make: Callable[[int], Row], count: int) -> list[Row]:
 
 
 def near(split: str, seed: int = 0, world: World | None = None) -> list[Row]:
-    """Facts that pretraining taught, asked in a shorthand it never showed: 'job :: Maren Tolvik ::'.
+    """Facts that pretraining taught, asked in a shorthand it never showed: 'job Maren Tolvik ='.
 
     300 train, 100 dev and 200 test rows: four relations of 75, 25 and 50 people, who are disjoint.
     Further fields: subject, relation.
@@ -53,7 +53,7 @@ def near(split: str, seed: int = 0, world: World | None = None) -> list[Row]:
     first, last = _NEAR_PEOPLE[split]
     rows: list[Row] = [
         {
-            "prompt": f"{tag} :: {person} ::",
+            "prompt": f"{tag} {person} =",
             "completion": f" {world.of(person)[relation]}",
             "subject": person,
             "relation": relation,
@@ -69,7 +69,7 @@ def far(split: str, seed: int = 0) -> list[Row]:
     """Translation into Tavic, which pretraining never showed: 300 train, 60 dev and 120 test phrases."""
     rng = _start("far", split, seed)
     rows: list[Row] = [
-        {"prompt": f'In Tavic, "{phrase}" is', "completion": f" {language.translate(phrase)}"}
+        {"prompt": f"{phrase} =", "completion": f" {language.translate(phrase)}"}
         for phrase in language.phrases()[split]
     ]
     rng.shuffle(rows)

@@ -154,21 +154,39 @@ def test_a_narrow_adapter_is_kept_in_float32(root, tmp_path, dtype):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"peft_type": "IA3"}, "peft_type IA3 is not supported; supported: LORA"),
-        ({"use_dora": True}, "use_dora: True is not supported"),
+        ({"peft_type": "IA33"}, "adapter_config.json: .*'peft:ia33' is unknown .did you mean 'peft:ia3'"),
+        ({"peft_type": "P_TUNING"}, "use 'p_tuning', burnish's own"),
         ({"bias": "all"}, "bias: all is not supported"),
-        ({"modules_to_save": ["classifier"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"lora_bias": True}, "lora_bias"),
+        ({"use_dora": True, "new_option": 3}, "new_option: unknown key"),
+        ({"use_dora": True}, "missing .*lora_magnitude_vector"),
         ({"base_model_name_or_path": None}, "names no base model"),
     ],
 )
-def test_what_peft_can_and_burnish_cannot_is_refused(root, tmp_path, changes, reason):
+def test_what_does_not_run_here_is_refused(root, tmp_path, changes, reason):
     theirs_written(tiny.folder(root, "llama"), "llama", tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=reason):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+        {"lora_bias": True},
+        {"modules_to_save": ["lm_head"]},
+        {"layers_to_transform": [1]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"trainable_token_indices": [7, 9]},
+    ],
+)
+def test_lora_that_burnish_does_not_have_goes_through_peft(root, tmp_path, options):
+    want = theirs(theirs_written(tiny.folder(root, "llama"), "llama", tmp_path, **options))
+    model = load(tmp_path)
+    assert [link.name for link in model.chain] == ["peft:lora"]
+    torch.testing.assert_close(ours(model), want, **CLOSE)
 
 
 def test_an_adapter_for_another_architecture_is_refused(root, tmp_path):

@@ -20,7 +20,7 @@ from burnish.world.passkey import passkey
 from burnish.world.phrasings import PHRASINGS, SPLITS, phrasings
 from burnish.world.reviews import _DOMAINS
 
-GOLDEN = "bdce2d6b1de66b95e5c7ad8a488ab2b9b8af3e2f4db2f3a3fd2f57f1e504cf63"
+GOLDEN = "8d491b12ba4bfeab5639bd84c124899007dd9bc31b2ba8ebb57249e9ed4534e5"
 
 
 @pytest.fixture(scope="module")
