@@ -37,7 +37,8 @@ CONFIGS |= {
     "pegasus": ("Pegasus", {**PAIR, "scale_embedding": True, "forced_eos_token_id": None}),
     "m2m_100": ("M2M100", {**PAIR, "scale_embedding": True, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}),
 }
-PAIRS = ("bart", "pegasus", "m2m_100")
+CONFIGS |= {"marian": ("Marian", {**PAIR, "forced_eos_token_id": None, "scale_embedding": True})}
+PAIRS = ("bart", "pegasus", "m2m_100", "marian")
 ENCODERS = ("roberta", "electra", "distilbert")
 DECODERS = tuple(name for name in CONFIGS if name not in (*ENCODERS, *PAIRS))
 CONTRACT = ("stablelm", "cohere", "gptj", "mamba", "roberta", "electra", "bart", "m2m_100")  # every technique is tested
@@ -54,10 +55,10 @@ def reference(family: str, head: str = "", **changes):
     config.pad_token_id, config.eos_token_id, config.bos_token_id = 0, 1, 1
     head = head or ("masked_lm" if family in ENCODERS else "lm")
     end = "LMHeadModel" if (family, head) == ("openai-gpt", "lm") else ENDS[head]
-    end = "ForConditionalGeneration" if family in PAIRS else end
+    end = ("MTModel" if family == "marian" else "ForConditionalGeneration") if family in PAIRS else end
     model = getattr(transformers, name + end)(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):  # sines and cosines are not stored
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
 

@@ -1,4 +1,4 @@
-"""Encoder-decoders without a native family (BART, Pegasus, M2M100), through transformers' own modelling code.
+"""Encoder-decoders without a native family (BART, Pegasus, Marian, M2M100), through transformers' own modelling code.
 
 What differs from `Foreign`: two stacks of layers, and a source that is encoded first. Limits: these models count
 positions by themselves, so that rows are padded on the right and no prefix stands before them; both sides share one
@@ -27,6 +27,12 @@ class ForeignPair(Foreign):
         super().__init__(spec, hf_config)
         if len(self.stacks) != 2 or not self.root:
             raise UserError(f"config.json: a {spec.family} model keeps its encoder and decoder in a way of its own")
+        tables: list[Any] = [part for part in self.modules() if hasattr(part, "create_weight")]
+        for part in tables:  # sines and cosines, which checkpoints may leave away
+            with torch.device("cpu"):
+                table = part.create_weight()
+            del part.weight
+            part.register_buffer("weight", table)
 
     @staticmethod
     def find_stacks(base: nn.Module, spec: Spec) -> tuple[str, ...]:
@@ -82,7 +88,7 @@ class ForeignPair(Foreign):
         Tried once, on four tokens. Raises UserError where neither gives the logits that the model itself gives.
         """
         training, ids = self.training, torch.arange(4, device=self.embed_tokens.weight.device)[None]
-        ids = ids + self.hf.config.pad_token_id + 1  # padding has no position
+        ids = (ids + self.hf.config.pad_token_id + 1) % self.spec.vocab_size  # padding has no position
         scale = getattr(self.hf.get_encoder(), "embed_scale", 1.0)
         try:
             self.eval()
