@@ -1,8 +1,8 @@
 """Tokenizers: loading, saving, training a byte-level BPE, and chat text with its mask of learnt tokens.
 
 `PreTrainedTokenizerFast` reads `tokenizer.json` directly, which is three times as fast to import as
-`AutoTokenizer` and takes the file at its word. Folders without that file go through `AutoTokenizer`, never
-with remote code.
+`AutoTokenizer` and takes the file at its word; where text and ids are all that is asked for, even that is not
+imported (`lazy_tokenizer`). Folders without that file go through `AutoTokenizer`, never with remote code.
 
 What a chat model learns is each reply and the token that ends it, nothing else. Which characters are a reply
 is told by the chat template's `{% generation %}` markers, or, where it has none, by rendering the
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from burnish.config import UserError
+from burnish.store.lazy_tokenizer import lazy_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -52,14 +53,10 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder, so no tokenizer; name a model folder")
+    tokenizer: Any
     try:
         if (folder / "tokenizer.json").is_file():
-            from transformers import PreTrainedTokenizerFast
-
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-            config = folder / "tokenizer_config.json"
-            written = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-            tokenizer.hub_class = written.get("tokenizer_class")
+            tokenizer = lazy_tokenizer(folder, lambda: _fast(folder)) or _fast(folder)
         else:
             from transformers import AutoTokenizer
 
@@ -69,6 +66,16 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     except Exception as error:  # the tokenizers library raises bare Exception on a malformed file
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{folder}: the tokenizer cannot be read: {reason}") from error
+    return tokenizer
+
+
+def _fast(folder: Path) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    config = folder / "tokenizer_config.json"
+    written = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    tokenizer.hub_class = written.get("tokenizer_class")
     return tokenizer
 
 
