@@ -192,12 +192,13 @@ class _Text:
                 return after[len(line) :]
         return self._ids(text)
 
-    def whole(self, max_length: int, **text: str) -> tuple[list[int], bool]:
-        """Ids of a text of its own, given as `text` or `text_target`, and whether it had to be cut."""
-        ids = list(self.tokenizer(**text)["input_ids"])
+    def whole(self, text: str, max_length: int, target: bool = False) -> tuple[list[int], bool]:
+        """Ids of a text of its own, a source or a target, and whether it had to be cut."""
+        given: dict[str, Any] = {"text": None, "text_target": text} if target else {"text": text}
+        ids = list(self.tokenizer(**given)["input_ids"])
         if len(ids) <= max_length:
             return ids, False
-        return list(self.tokenizer(**text, truncation=True, max_length=max_length)["input_ids"]), True
+        return list(self.tokenizer(**given, truncation=True, max_length=max_length)["input_ids"]), True
 
     def ended(self, ids: list[int]) -> list[int]:
         return ids if self.eos is None or ids[-1:] == [self.eos] else [*ids, self.eos]
@@ -238,8 +239,8 @@ def _encode_pair(kind: str, row: Row, text: _Text, max_length: int) -> tuple[lis
     if kind not in ("alpaca", "prompt_completion"):
         raise UserError(f"an encoder-decoder learns from prompt and completion, not from '{kind}'")
     prompt, completion = _asked(row) if kind == "alpaca" else (_text(row, "prompt"), _text(row, "completion"))
-    before, long = text.whole(max_length, text=prompt)
-    after, longer = text.whole(max_length, text_target=completion)
+    before, long = text.whole(prompt, max_length)
+    after, longer = text.whole(completion, max_length, target=True)
     after = text.ended(after)[:max_length] if completion else []
     return before + after, [False] * len(before) + [True] * len(after), long or longer
 
