@@ -97,8 +97,7 @@ def run(config: PreviewConfig) -> int:
     rows = read_rows(config.data, config.split)
     folder = _folder(config.model)
     tokenizer = load_tokenizer(folder)
-    described = folder / "config.json"
-    paired = described.exists() and json.loads(described.read_text(encoding="utf-8")).get("is_encoder_decoder", False)
+    paired = _is_paired(folder)
     checked = rows[: max(config.n, CHECKED)]
     columns = config.columns or {}
     examples = encode_rows(checked, tokenizer, config.max_length, config.train_on, config.data, columns, paired=paired)
@@ -123,6 +122,14 @@ def run(config: PreviewConfig) -> int:
     which = "all rows" if len(checked) == len(rows) else f"the first {len(checked)} rows"
     console.print(f"{which}: {_share(examples)}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _is_paired(folder: Path) -> bool:
+    """Whether a folder's config tells of an encoder-decoder."""
+    try:
+        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("is_encoder_decoder"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _folder(model: str) -> Path:

@@ -42,7 +42,8 @@ def apply(model: Model, config: Config, context: Context) -> Config:
         raise UserError(
             f"technique 'transfer': {len(config.label_names)} label_names do not fit num_labels {config.num_labels}"
         )
-    for link in model.chain if model.spec.paired else ():
+    shrinks = list(model.chain) if model.spec.paired else []
+    for link in shrinks:
         if not hasattr(link.config, "without"):
             raise UserError(
                 f"technique 'transfer': it leaves the decoder away, which '{link.name}' has changed; put transfer first"
@@ -50,9 +51,8 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     kept = set(model.net.head_modules())
     rebuild(model, config)
     left = {path for path, _ in linears(model.net)}
-    for link in model.chain:
-        if hasattr(link.config, "without"):
-            link.config = link.config.without([path for path in link.config.target_modules if path not in left])
+    for link in shrinks:
+        link.config = link.config.without([path for path in link.config.target_modules if path not in left])
     generator = torch.Generator().manual_seed(context.seed)
     with torch.no_grad():
         for module in model.net.head_modules():

@@ -11,6 +11,7 @@ import burnish
 from burnish import chain
 from burnish.chain import Model, forward
 from burnish.config import UserError
+from burnish.engine.order import collated
 from burnish.engine.settings import TrainConfig
 from burnish.engine.train import train
 from burnish.model.example import IGNORE, Example
@@ -29,7 +30,7 @@ def examples(model: Model) -> list[Example]:
 
 @torch.no_grad()
 def outputs(model: Model) -> torch.Tensor:
-    batch = collate(examples(model), 0)
+    batch = collated(model, examples(model))
     hidden = forward(model, batch)
     if model.spec.head == "classification":
         return model.net.logits(model.net.pool(hidden, batch["attention_mask"]))
@@ -46,6 +47,10 @@ def outputs(model: Model) -> torch.Tensor:
         ("bert", ["nf4", {"transfer": {"num_labels": 3, "train_layers": 1}}]),
         ("llama", ["int8", {"transfer": {"train_layers": -1}}]),
         ("llama", [{"transfer": {"train_layers": 1}}, LORA]),
+        ("llama", ["nf4", LORA, "transfer"]),
+        ("t5", ["nf4", LORA, {"prompt_tuning": {"num_virtual_tokens": 2}}]),
+        ("t5", ["int8", {"transfer": {"train_layers": 1}}, LORA]),
+        ("t5", ["prefix_tuning", LORA]),
         ("gpt2", [LORA, "nf4"]),
         ("llama", ["nf4", LORA, {"prompt_tuning": {"num_virtual_tokens": 2}}]),
         ("llama", [{"prefix_tuning": {"num_virtual_tokens": 2}}, "p_tuning"]),
