@@ -117,7 +117,7 @@ class _Attention(Attention):
 
 class _Norm(Norm):
     def forward(self, x: Tensor) -> Tensor:
-        if not self.rms or not _takes(x):
+        if not self.rms or x.dim() != 2 or not _takes(x):  # peft's layers give (batch, tokens, width)
             return super().forward(x)
         return _RMSNorm.apply(x.contiguous(), self.weight.to(x.dtype), self.eps)
 

@@ -1,12 +1,13 @@
 """Position schemes as functions of token positions: rotary embedding, ALiBi and T5's buckets of distance.
 
-Rotary: RoFormer (arXiv 2104.09864), section 3.2, in Llama's half-split layout. ALiBi: arXiv 2108.12409, section 3.
-Buckets: T5 (arXiv 1910.10683), section 2.1.
+Rotary: RoFormer (arXiv 2104.09864), section 3.2, in Llama's half-split layout; its scaling to longer contexts by YaRN:
+arXiv 2309.00071, sections 3.2 to 3.4. ALiBi: arXiv 2108.12409, section 3. Buckets: T5 (arXiv 1910.10683), section 2.1.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +15,17 @@ from torch import Tensor
 from burnish.config import UserError
 from burnish.model.spec import Spec
 
-LINEAR = ("factor",)
+LINEAR = YARN = ("factor",)
 LLAMA3 = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
 
 
 def inverse_frequencies(spec: Spec, device: torch.device | None = None, local: bool = False) -> Tensor:
     """(rotated dimensions / 2,) rotation frequencies in radians per position, with the spec's scaling applied.
 
-    Scaling "linear" divides every frequency by the factor; "llama3" divides the low frequencies only and blends in
-    between (the Llama 3.1 checkpoints' `rope_scaling`). `local`: of the sliding layers, which are not scaled. Raises
-    UserError on a type that is not known or lacks a parameter.
+    Scaling "linear" divides every frequency by the factor; "llama3" and "yarn" divide the low frequencies only and
+    blend in between, by turns over the original context (the Llama 3.1 checkpoints' `rope_scaling`) or by dimension.
+    `local`: of the sliding layers, which are not scaled. Raises UserError on a type that is not known or lacks a
+    parameter.
     """
     size = int(spec.head_dim * spec.rotary_share)
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
@@ -34,15 +36,19 @@ def inverse_frequencies(spec: Spec, device: torch.device | None = None, local: b
     kind = scaling.get("rope_type", "default")
     if kind == "default":
         return frequencies
-    needed = {"linear": LINEAR, "llama3": LLAMA3}.get(str(kind))
+    needed = {"linear": LINEAR, "llama3": LLAMA3, "yarn": YARN}.get(str(kind))
     if needed is None:
-        raise UserError(f"config.json: rope_scaling type '{kind}' is not supported; known: default, linear, llama3")
+        known = "default, linear, llama3, yarn"
+        raise UserError(f"config.json: rope_scaling type '{kind}' is not supported; known: {known}")
     missing = [key for key in needed if key not in scaling]
     if missing:
         raise UserError(f"config.json: rope_scaling type '{kind}' needs {', '.join(missing)}")
     factor = float(scaling["factor"])
     if kind == "linear":
         return frequencies / factor
+    if kind == "yarn":
+        kept = yarn_share(spec, scaling, size).to(device)
+        return frequencies * (kept + (1 - kept) / factor)
     original = float(scaling["original_max_position_embeddings"])
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     turns = original * frequencies / (2 * math.pi)
@@ -50,10 +56,45 @@ def inverse_frequencies(spec: Spec, device: torch.device | None = None, local: b
     return frequencies * (blend + (1 - blend) / factor)
 
 
-def rotary_angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """positions (B, T) -> cos, sin, each (B, T, 1, rotated), to multiply (B, T, heads, rotated)."""
+def yarn_share(spec: Spec, scaling: dict[str, Any], size: int) -> Tensor:
+    """(size / 2,) how much of each frequency stays: all of those that turn more than `beta_fast` times over the
+    original context, nothing of those that turn less than `beta_slow` times, a ramp by dimension in between."""
+    original = float(scaling.get("original_max_position_embeddings") or spec.max_positions)
+
+    def dimension(turns: float) -> float:
+        return size * math.log(original / (2 * math.pi * turns)) / (2 * math.log(spec.rope_theta))
+
+    low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    ramp = (torch.arange(size // 2, dtype=torch.float32) - low) / (high - low or 0.001)
+    return 1 - ramp.clamp(0, 1)
+
+
+def rotary_scale(spec: Spec) -> float:
+    """What rotated queries and keys each are multiplied by: with YaRN the root of the scores' temperature (its section
+    3.4), 0.1 ln(factor) + 1, or what the config says."""
+    scaling: dict[str, Any] = dict(spec.rope_scaling)
+    if scaling.get("rope_type") != "yarn":
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(max(float(scaling["factor"]), 1.0)) + 1
+
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return scale(scaling["mscale"]) / scale(scaling["mscale_all_dim"])
+    return scale(1.0)
+
+
+def rotary_angles(
+    positions: Tensor, frequencies: Tensor, dtype: torch.dtype, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """positions (B, T) -> cos, sin, each times `scale`, (B, T, 1, rotated), to multiply (B, T, heads, rotated)."""
     angles = (positions[..., None].float() * frequencies)[:, :, None]
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = (scale * angles.cos()).to(dtype), (scale * angles.sin()).to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
 

@@ -23,7 +23,7 @@ from burnish.model.families import layout
 from burnish.model.linear import Linear
 from burnish.model.network import Layout, Network
 from burnish.model.norm import norm
-from burnish.model.positions import inverse_frequencies, rotary_angles
+from burnish.model.positions import inverse_frequencies, rotary_angles, rotary_scale
 from burnish.model.spec import Spec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -219,7 +219,8 @@ class Transformer(Network):
         mask, causal = visibility(self.spec, positions, valid, segment_ids, cache, prefix, x.dtype, relative)
         rotary = None
         if self.spec.positions == "rotary":
-            rotary = rotary_angles(positions, inverse_frequencies(self.spec, x.device), x.dtype)
+            frequencies = inverse_frequencies(self.spec, x.device)
+            rotary = rotary_angles(positions, frequencies, x.dtype, rotary_scale(self.spec))
         elif self.spec.positions == "learned":
             rows = positions + self.spec.position_offset if self.spec.position_offset else positions
             x = x + self.embed_positions(rows).to(x.dtype)

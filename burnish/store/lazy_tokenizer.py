@@ -99,15 +99,16 @@ class LazyTokenizer:
         encoded = self.backend.encode(text, add_special_tokens=add_special_tokens)
         return Encoded(input_ids=encoded.ids, attention_mask=encoded.attention_mask)
 
-    def decode(
-        self, ids: Sequence[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
-    ) -> str:
-        if clean_up_tokenization_spaces is not False:  # what None means, a config says
+    def decode(self, ids: int | Sequence[int], skip_special_tokens: bool = False, **options: Any) -> str:
+        if options != {"clean_up_tokenization_spaces": False}:  # what is done by default, a config says
             self._become()
-            return self.decode(ids, skip_special_tokens, clean_up_tokenization_spaces=clean_up_tokenization_spaces)
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            return self.decode(ids, skip_special_tokens, **options)
+        numbers = [ids] if isinstance(ids, int) else list(ids)
+        return self.backend.decode(numbers, skip_special_tokens=skip_special_tokens)
 
-    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> str | list[str]:
+        if isinstance(ids, int):
+            return self.backend.id_to_token(ids)
         return [self.backend.id_to_token(token) for token in ids]
 
     def get_vocab(self) -> dict[str, int]:

@@ -126,6 +126,11 @@ def test_llama_variants(tmp_path, changes):
     {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
     {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
      "original_max_position_embeddings": 16, "rope_theta": 10000.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 500.0, "beta_fast": 4.0,
+     "beta_slow": 0.5, "truncate": False, "attention_factor": 1.3},
+    {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0,
+     "mscale": 1.0, "mscale_all_dim": 0.7},
 ])  # fmt: skip
 def test_llama_rotary_scaling(tmp_path, rope):
     reference = tiny.reference("llama", rope_parameters=rope)

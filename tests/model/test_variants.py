@@ -173,7 +173,7 @@ REFUSED = [
     ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm: true"),
     ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine: false"),
     ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types"),
-    ("mistral", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling type 'yarn'"),
+    ("mistral", {"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling type 'yarn' needs factor"),
     ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling type 'dynamic'"),
     ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling type 'linear' needs factor"),
     ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5"),

@@ -44,6 +44,9 @@ def test_ids_and_text_are_transformers_own(folder):
         for skip in (True, False):
             options = {"skip_special_tokens": skip, "clean_up_tokenization_spaces": False}
             assert lazy.decode(ids, **options) == full.decode(ids, **options)
+    for i in (0, 1, 300):
+        assert lazy.convert_ids_to_tokens(i) == full.convert_ids_to_tokens(i)
+        assert lazy.decode(i, clean_up_tokenization_spaces=False) == full.decode(i, clean_up_tokenization_spaces=False)
     assert type(lazy) is LazyTokenizer
 
 
