@@ -117,7 +117,7 @@ class _Attention(Attention):
 
 class _Norm(Norm):
     def forward(self, x: Tensor) -> Tensor:
-        if not self.rms or not _takes(x):
+        if not self.rms or x.dim() != 2 or not _takes(x):  # what peft puts around it brings (1, tokens, hidden)
             return super().forward(x)
         return _RMSNorm.apply(x.contiguous(), self.weight.to(x.dtype), self.eps)
 
