@@ -25,6 +25,7 @@ from burnish.model.cache import KVCache
 TECHNIQUES = {
     "full": "burnish.tune.full",
     "transfer": "burnish.tune.transfer",
+    "adapters": "burnish.tune.adapters",
     "lora": "burnish.tune.lora",
     "prompt_tuning": "burnish.tune.prompt_tuning",
     "p_tuning": "burnish.tune.p_tuning",

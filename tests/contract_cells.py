@@ -108,13 +108,19 @@ def low_rank(net: Network) -> set[str]:
     return {f"{path}.lora_{letter}" for path in paths for letter in "AB"}
 
 
+def bottlenecks(net: Network) -> set[str]:
+    """The adapters of Houlsby et al., and the norms of the body."""
+    spec, leaves = net.spec, ("down", "down_bias", "up", "up_bias")
+    layers, names = FOREIGN_PROJECTIONS.get(spec.family) or ("layers", PROJECTIONS[spec.family])
+    outputs = [name for name in names if re.search(r"o_proj|out_proj|fc_out|down_proj|output\.dense", name)]
+    found = {f"{layers}.{i}.{name}.{leaf}" for i in range(spec.num_layers) for name in outputs for leaf in leaves}
+    norms = r"(?!head_transform|lm_head|generator).*(norm|ln_\d|ln_f|LayerNorm)\.(weight|bias)"
+    return found | {name for name, _ in net.named_parameters() if re.fullmatch(norms, name)}
+
+
 def scaled(net: Network) -> set[str]:
     """The scales of the projections that `SCALED` names."""
-    return {
-        f"{path.removesuffix('.base')}.layer.ia3_l.default"
-        for path, _ in linears(net)
-        if re.fullmatch(SCALED, path.removesuffix(".base"))
-    }
+    return {f"{path}.layer.ia3_l.default" for path, _ in linears(net) if re.fullmatch(SCALED, path)}
 
 
 def new_head(net: Network) -> set[str]:
@@ -144,6 +150,7 @@ def prefix_encoder(net: Network) -> set[str]:
 ROWS = {
     "full": Row("base", everything),
     "transfer": Row("hidden", new_head),
+    "adapters": Row("base", bottlenecks, {"size": 4}),
     "lora": Row("base", low_rank, {"r": 4, "target_modules": "all-linear"}),
     "peft:ia3": Row("base", scaled, {"target_modules": SCALED, "feedforward_modules": []}),
     "prompt_tuning": Row("soft", lambda net: {"techniques.prompt_tuning.embedding"}, {"num_virtual_tokens": 4}),
@@ -158,6 +165,7 @@ ENCODERS = {name for name, family in FAMILIES.items() if family.constants["kind"
 
 LIMITS = (
     Limit(REFUSED, "keeps no key-value cache to put a prefix into", {"prefix_tuning"}, ENCODERS | {"mamba"}),
+    Limit(REFUSED, "no attention output projection is known", {"adapters"}, {"mamba"}),
     Limit(REFUSED, "transformers has no classifier of this kind", {"transfer"}, {"cohere", "mamba"}),
     Limit(REFUSED, "a chain applies each once", {"nf4"}, cells={"after NF4"}),
     Limit(REFUSED, "prune before quantising", {"magnitude"}, cells={"after NF4"}),

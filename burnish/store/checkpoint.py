@@ -192,8 +192,9 @@ def fill(
             kind = dtype or kind
         plan[name] = (entry, transposed, kind)
     used = {entry for entry, _, _ in plan.values()}
+    replaced = {foreign for native, foreign in stored_names(model).values() if native in extras}
     for key, entry in [*entries.items(), *extras.items()]:
-        known = key in layout.spare or any(re.search(pattern, key) for pattern in layout.ignored)
+        known = key in layout.spare or key in replaced or any(re.search(pattern, key) for pattern in layout.ignored)
         if entry not in used and not known:
             problems.append(f"unexpected {key}")
     if problems:
@@ -242,9 +243,9 @@ def save(model: Model, folder: str | Path) -> Path:
     extras: dict[str, torch.Tensor] = {}
     for name, (native, other) in stored_names(model).items():
         tensor = parameters[name].detach()
-        if other is None or not dense:
-            if other is None or complete:
-                extras[native] = tensor
+        trained = not complete and parameters[name].requires_grad  # norms beside adapters
+        if other is None or trained or (complete and not dense):
+            extras[native] = tensor
         elif complete:
             other = other.removeprefix(layout.prefix) if spec.head == "none" else other
             foreign[other] = tensor.t() if native in layout.transposed else tensor

@@ -112,7 +112,7 @@ def apply(model: Model, config: Config, context: Context) -> Config:
 
 def rebuild(model: Model, config: Config) -> None:
     for path in config.target_modules or ():
-        put(model.net, path, lambda base: LoRALinear(base, config))  # type: ignore[arg-type]
+        put(model.net, path, lambda base: LoRALinear(base, config), "lora")  # type: ignore[arg-type]
 
 
 def layers(model: Model) -> dict[str, LoRALinear]:
