@@ -27,6 +27,7 @@ TECHNIQUES = {
     "transfer": "burnish.tune.transfer",
     "adapters": "burnish.tune.adapters",
     "lora": "burnish.tune.lora",
+    "ia3": "burnish.tune.ia3",
     "prompt_tuning": "burnish.tune.prompt_tuning",
     "p_tuning": "burnish.tune.p_tuning",
     "prefix_tuning": "burnish.tune.prefix_tuning",

@@ -88,6 +88,8 @@ FOREIGN_PROJECTIONS = {  # transformers' own paths: of a layer, and in it
 }
 
 
+KEYS_VALUES = r"(.*\.)?(k_proj|v_proj|qkv_proj|key|value)"
+FEED_FORWARD = r"(.*\.)?(down_proj|fc_out|(?<!attention\.)output\.dense)"
 SCALED = r".*\.(q_proj|v_proj|qkv_proj|query|value|in_proj)"
 
 
@@ -123,6 +125,12 @@ def scaled(net: Network) -> set[str]:
     return {f"{path}.layer.ia3_l.default" for path, _ in linears(net) if re.fullmatch(SCALED, path)}
 
 
+def vectors(net: Network) -> set[str]:
+    """The scales of the keys, the values and the feed-forward's inner activations."""
+    paths = [path for path, _ in linears(net)]
+    return {f"{path}.ia3_l" for path in paths if re.fullmatch(f"{KEYS_VALUES}|{FEED_FORWARD}", path)}
+
+
 def new_head(net: Network) -> set[str]:
     if net.spec.family in FOREIGN:
         body = FOREIGN_PROJECTIONS[net.spec.family][0].split(".")[0]
@@ -152,6 +160,7 @@ ROWS = {
     "transfer": Row("hidden", new_head),
     "adapters": Row("base", bottlenecks, {"size": 4}),
     "lora": Row("base", low_rank, {"r": 4, "target_modules": "all-linear"}),
+    "ia3": Row("base", vectors),
     "peft:ia3": Row("base", scaled, {"target_modules": SCALED, "feedforward_modules": []}),
     "prompt_tuning": Row("soft", lambda net: {"techniques.prompt_tuning.embedding"}, {"num_virtual_tokens": 4}),
     "p_tuning": Row("soft", prompt_encoder, {"template": "[P*2] {prompt} [P*2]"}),
@@ -166,6 +175,7 @@ ENCODERS = {name for name, family in FAMILIES.items() if family.constants["kind"
 LIMITS = (
     Limit(REFUSED, "keeps no key-value cache to put a prefix into", {"prefix_tuning"}, ENCODERS | {"mamba"}),
     Limit(REFUSED, "no attention output projection is known", {"adapters"}, {"mamba"}),
+    Limit(REFUSED, "no key projection is known", {"ia3"}, {"mamba"}),
     Limit(REFUSED, "transformers has no classifier of this kind", {"transfer"}, {"cohere", "mamba"}),
     Limit(REFUSED, "a chain applies each once", {"nf4"}, cells={"after NF4"}),
     Limit(REFUSED, "prune before quantising", {"magnitude"}, cells={"after NF4"}),

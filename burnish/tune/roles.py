@@ -11,6 +11,7 @@ from burnish.model.surgery import linears
 NAMES = {
     "attention output": r"o_proj|out_proj|out_lin|attention\.output\.dense|self_attn\.dense|attn\.c_proj|attn\.proj",
     "feed-forward output": r"down_proj|fc_out|fc2|lin2|w2|(?<!attention\.)output\.dense|dense_4h_to_h|mlp\.c_proj",
+    "fused": r"qkv_proj",
     "key": r"k_proj|key|k_lin|key_proj",
     "value": r"v_proj|value|v_lin|value_proj",
 }

@@ -52,6 +52,8 @@ def outputs(model: Model) -> torch.Tensor:
         ("llama", [{"prefix_tuning": {"num_virtual_tokens": 2}}, "p_tuning"]),
         ("bloom", ["magnitude", "nf4", LORA]),
         ("bert", ["transfer", ADAPTERS]),
+        ("bert", ["transfer", "ia3"]),
+        ("falcon", ["ia3", ADAPTERS, "nf4"]),
         ("gpt_neox", [LORA, ADAPTERS, "nf4"]),
         ("falcon", ["int8", {"lora": {"r": 4}}, ADAPTERS]),
         ("llama", [ADAPTERS, {"prefix_tuning": {"num_virtual_tokens": 2}}]),
