@@ -93,6 +93,8 @@ FOREIGN_PROJECTIONS = {  # transformers' own paths: of a layer, and in it
 }
 
 
+KEYS_VALUES = r"(.*\.)?(k_proj|v_proj|qkv_proj|key|value)"
+FEED_FORWARD = r"(.*\.)?(down_proj|fc_out|fc2|(?<!attention\.)output\.dense)"
 SCALED = r".*\.(q_proj|v_proj|qkv_proj|query|value|in_proj)"
 
 
@@ -106,7 +108,8 @@ def everything(net: Network) -> set[str]:
     return {name for name, _ in net.named_parameters() if not name.startswith(tuple(stored))}
 
 
-def low_rank(net: Network) -> set[str]:
+def projection_paths(net: Network) -> list[str]:
+    """Every projection of the body."""
     spec = net.spec
     layers, names = FOREIGN_PROJECTIONS.get(spec.family) or ("layers", PROJECTIONS[spec.family])
     paths = [f"{layers}.{i}.{name}" for i in range(spec.num_layers) for name in names]
@@ -116,16 +119,35 @@ def low_rank(net: Network) -> set[str]:
             decoder, cross = ("model.decoder.layers", "encoder_attn")
         names += tuple(name.replace("self_attn", cross) for name in names if "self_attn" in name)
         paths += [f"{decoder}.{i}.{name}" for i in range(spec.decoder_layers) for name in names]
-    return {f"{path}.lora_{letter}" for path in paths for letter in "AB"}
+    return paths
+
+
+def low_rank(net: Network) -> set[str]:
+    return {f"{path}.lora_{letter}" for path in projection_paths(net) for letter in "AB"}
+
+
+def bottlenecks(net: Network) -> set[str]:
+    """The adapters of Houlsby et al., and the norms of the body."""
+    outputs = re.compile(r".*(o_proj|out_proj|fc_out|fc2|down_proj|output\.dense)")
+    found = {
+        f"{path}.{leaf}"
+        for path in projection_paths(net)
+        if outputs.fullmatch(path)
+        for leaf in ("down", "down_bias", "up", "up_bias")
+    }
+    norms = r"(?!head_transform|lm_head|generator).*(norm|ln_\d|ln_f|LayerNorm|layernorm_embedding)\.(weight|bias)"
+    return found | {name for name, _ in net.named_parameters() if re.fullmatch(norms, name)}
 
 
 def scaled(net: Network) -> set[str]:
     """The scales of the projections that `SCALED` names."""
-    return {
-        f"{path.removesuffix('.base')}.layer.ia3_l.default"
-        for path, _ in linears(net)
-        if re.fullmatch(SCALED, path.removesuffix(".base"))
-    }
+    return {f"{path}.layer.ia3_l.default" for path, _ in linears(net) if re.fullmatch(SCALED, path)}
+
+
+def vectors(net: Network) -> set[str]:
+    """The scales of the keys, the values and the feed-forward's inner activations."""
+    paths = [path for path, _ in linears(net)]
+    return {f"{path}.ia3_l" for path in paths if re.fullmatch(f"{KEYS_VALUES}|{FEED_FORWARD}", path)}
 
 
 def new_head(net: Network) -> set[str]:
@@ -155,7 +177,10 @@ def prefix_encoder(net: Network) -> set[str]:
 ROWS = {
     "full": Row("base", everything),
     "transfer": Row("hidden", new_head),
+    "adapters": Row("base", bottlenecks, {"size": 4}),
     "lora": Row("base", low_rank, {"r": 4, "target_modules": "all-linear"}),
+    "ia3": Row("base", vectors),
+    "choice_loss": Row("base", nothing, trained_with="lora"),
     "peft:ia3": Row("base", scaled, {"target_modules": SCALED, "feedforward_modules": []}),
     "prompt_tuning": Row("soft", lambda net: {"techniques.prompt_tuning.embedding"}, {"num_virtual_tokens": 4}),
     "p_tuning": Row("soft", prompt_encoder, {"template": "[P*2] {prompt} [P*2]"}),
@@ -172,12 +197,16 @@ COUNTING = {*FOREIGN_PAIRS}
 
 LIMITS = (
     Limit(REFUSED, "keeps no key-value cache to put a prefix into", {"prefix_tuning"}, ENCODERS | COUNTING | {"mamba"}),
+    Limit(REFUSED, "no attention output projection is known", {"adapters"}, {"mamba"}),
+    Limit(REFUSED, "no key projection is known", {"ia3"}, {"mamba"}),
+    Limit(REFUSED, "model continues no text", {"choice_loss"}, ENCODERS),
+    Limit(REFUSED, "an encoder-decoder's rows are not packed", families=SEQ2SEQ, cells={"packed"}),
+    Limit(REFUSED, "rows whose choices are compared cannot be packed", {"choice_loss"}, cells={"packed"}),
     Limit(REFUSED, "transformers has no classifier of this kind", {"transfer"}, COUNTING | {"cohere", "mamba"}),
     Limit(REFUSED, "a chain applies each once", {"nf4"}, cells={"after NF4"}),
     Limit(REFUSED, "prune before quantising", {"magnitude"}, cells={"after NF4"}),
     Limit(REFUSED, "classified examples cannot be packed, as a row has one class", {"transfer"}, cells={"packed"}),
     Limit(REFUSED, "does not keep packed documents apart", families={"mamba"}, cells={"packed"}),
-    Limit(REFUSED, "an encoder-decoder's rows are not packed", families=SEQ2SEQ, cells={"packed"}),
     Limit(REFUSED, "takes no positions, so that rows cannot be padded on the left", None, COUNTING, {"left-padded"}),
     Limit(NOT_APPLICABLE, "an encoder does not generate", families=ENCODERS, cells={"cached generation"}),
     Limit(NOT_APPLICABLE, "a classifier does not generate", {"transfer"}, cells={"cached generation"}),

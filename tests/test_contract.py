@@ -69,6 +69,8 @@ class Case:
                 ids, labels = [3, *ids, 4], [IGNORE, *labels[:-1], IGNORE, IGNORE]
                 ids = [5 if label != IGNORE else token for token, label in zip(ids, labels, strict=True)]
             example = Example(ids, labels, fields={"word": "cat"})
+            if self.technique == "choice_loss" and model.spec.generates:
+                example.choices = [replace(example, ids=[*ids[:-2], 7], labels=[*labels[:-2], 7])]
             if ROWS[self.technique].start == "soft":
                 example = replace(example, virtual_tokens=soft)
             if model.spec.head == "classification":

@@ -140,7 +140,8 @@ def notes(config: CompareConfig, twin: bool, workers: int) -> list[str]:
     where = "a random-weight Llama of 134M parameters with the same chain" if twin else "the model itself"
     return [
         "exact match: the share of test rows whose greedy continuation begins with the expected completion; "
-        "accuracy: of classes; perplexity: exp of the mean loss per trained token.",
+        "accuracy: of classes; rank classification: the share whose completion is the likeliest per token of its "
+        "choices; perplexity: exp of the mean loss per trained token.",
         f"Quality: mean over {len(config.seeds)} seeds of the trained rows, spread is their standard deviation; rows "
         "that do not train are deterministic and measured once.",
         f"Training ran {workers} jobs at a time; train seconds are means over seeds under that load.",

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def fit(job: Job) -> dict[str, Any]:
         label = 0 if model.spec.head == "classification" else None
         fields = {"prompt": "", "completion": ""}
         known = tokens // 2 if model.spec.paired else 1
-        examples = [Example(row, [-100] * known + row[known:], dict(fields), label=label) for row in ids]
+        plain = [Example(row, [-100] * known + row[known:], dict(fields), label=label) for row in ids]
+        examples = [replace(example, choices=[example]) for example in plain]  # for a loss that compares two
         settings = {**job["train"], "max_steps": 2, "per_device_train_batch_size": rows, "logging_steps": 1}
         began = time.perf_counter()
         train(model, examples, from_mapping(TrainConfig, settings, "row"))

@@ -17,6 +17,7 @@ from burnish.engine.loss import evaluate
 from burnish.engine.order import collated, encode
 from burnish.model.bundle import Model
 from burnish.model.example import IGNORE, Example
+from burnish.model.scoring import label_log_probabilities, means
 from burnish.store.checkpoint import load
 
 BATCH = 64
@@ -48,7 +49,7 @@ def measure(model: Model, task: Task | str | Mapping[str, Any], rows: Sequence[E
     examples = list(encode(model, task.encode(model, task.test) if rows is None else list(rows)))
     if task.metric == "perplexity":
         return math.exp(evaluate(model, examples))
-    right = answered(model, examples)
+    right = (ranked if task.metric == "rank_classification" else answered)(model, examples)
     return sum(right) / len(right)
 
 
@@ -88,6 +89,28 @@ def answered(model: Model, examples: Sequence[Example]) -> list[bool]:
     return right
 
 
+@torch.inference_mode()
+def ranked(model: Model, examples: Sequence[Example]) -> list[bool]:
+    """Which examples have a higher mean log-probability per token than each of their wrong `choices`."""
+    net = model.net
+    net.eval()
+    end = model.tokenizer.eos_token_id
+    rows = [one for example in examples for one in (example, *(example.choices or ()))]
+    scores = torch.zeros(len(rows), device=model.device)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        batch = collated(model, [rows[i] for i in chosen], multiple_of=8)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        labels = batch["labels"]
+        if end is not None:
+            labels = labels.masked_fill(labels == end, IGNORE)
+        logs, places = label_log_probabilities(net, chain.forward(model, batch), labels)
+        scores[chosen] = means(logs, places, len(chosen))
+    by_example = scores.split([1 + len(example.choices or ()) for example in examples])
+    return [bool((part[0] > part[1:]).all()) for part in by_example]
+
+
 def run(config: EvalConfig) -> int:
     """Print the metric of every task."""
     model = load(config.model)
@@ -97,12 +120,12 @@ def run(config: EvalConfig) -> int:
         tasks = [{"name": config.data, "data": config.data, "eval_data": config.data, **common}]
     found: dict[str, dict[str, Any]] = {}
     for item in tasks:
-        options = {"name": item} if isinstance(item, str) else item
+        options = {"name": item, "metric": config.metric} if isinstance(item, str) else item
         if config.split not in ("test", "dev"):
             raise UserError(f"split: '{config.split}' is neither test nor dev")
         task = load_task(parse_task({**options, "max_rows": config.max_rows, "split": config.split}))
         found[task.name] = {"metric": task.metric, "value": measure(model, task), "rows": len(task.test)}
-        if task.name == "facts":
+        if task.name == "facts" and task.metric == "exact_match":
             found[task.name]["relations"] = by_relation(model, task)
     if config.json:
         print(json.dumps(found, indent=1))

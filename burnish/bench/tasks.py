@@ -1,7 +1,9 @@
 """What a model is measured on: rows to train on, rows to test on, and a metric.
 
 Metrics: `exact_match`, the share of rows whose greedy continuation begins with the expected completion (what follows
-it is not judged); `accuracy` of a classifier; `perplexity`, exp of the mean loss per trained token.
+it is not judged); `accuracy` of a classifier; `rank_classification`, the share of rows whose completion has a higher
+mean log-probability per token than every other of its `choices`, end tokens not counted (T-Few, arXiv 2205.05638,
+section 3.2); `perplexity`, exp of the mean loss per trained token.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from typing import Any, Literal
 from burnish.config import UserError, from_mapping, nearest
 from burnish.model.bundle import Model
 from burnish.model.example import Example
-from burnish.store.data import Row, encode_classification, encode_rows, read_rows, split_rows
+from burnish.store.data import Row, encode_classification, encode_rows, read_rows, split_rows, wrong_choices
 from burnish.store.rows import detect_format, rename_columns
 
-Metric = Literal["auto", "exact_match", "accuracy", "perplexity"]
+Metric = Literal["auto", "exact_match", "accuracy", "rank_classification", "perplexity"]
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,41 @@ def parse_task(item: str | Mapping[str, Any]) -> TaskConfig:
 
 
 def load_task(config: TaskConfig) -> Task:
-    """Read the task's rows and split off test rows where no eval_data is given."""
+    """Read the task's rows and split off test rows where no eval_data is given.
+
+    Raises UserError where there are too few, or the metric does not go with them.
+    """
+    train, test = _rows(config)
+    names: list[str] = []
+    if config.data and config.label_column:
+        if not config.text_columns:
+            raise UserError(f"task '{config.name}': label_column needs text_columns; columns: {', '.join(train[0])}")
+        have = {str(row[config.label_column]) for row in train if config.label_column in row}
+        names = sorted(have) or [""]
+    metric: str = config.metric
+    renamed = rename_columns(test, config.columns, config.name) if config.columns else test
+    if metric in ("auto", "rank_classification"):
+        kind = "label" if names else detect_format(renamed, config.name, config.columns)
+        if metric == "auto":
+            metric = {"label": "accuracy", "prompt_completion": "exact_match"}.get(kind, "perplexity")
+        lacks = next((n for n, row in enumerate(renamed, 1) if wrong_choices(row) is None), 0)
+        if metric == "rank_classification" and (lacks or kind != "prompt_completion"):
+            raise UserError(
+                f"task '{config.name}': test row {lacks or 1}: metric rank_classification needs a prompt, a "
+                "completion, and 'choices', a list of texts with the completion among them"
+            )
+    if (metric == "accuracy") != bool(names):
+        raise UserError(f"task '{config.name}': metric {metric} does not go with label_column '{config.label_column}'")
+    return limited(Task(config, metric, train, test, names), config.max_rows)
+
+
+def _rows(config: TaskConfig) -> tuple[list[Row], list[Row]]:
+    """(rows to train on, rows to test on)."""
     if not config.data:
         from burnish.world import TASKS
 
         make = TASKS[config.name]
-        return limited(Task(config, "exact_match", make("train"), make(config.split), []), config.max_rows)
+        return make("train"), make(config.split)
     train = read_rows(config.data)
     if config.eval_data:
         test = read_rows(config.eval_data)
@@ -98,20 +129,7 @@ def load_task(config: TaskConfig) -> Task:
         raise UserError(
             f"task '{config.name}': {len(train)} rows to train on and {len(test)} to test on; give more data"
         )
-    names: list[str] = []
-    if config.label_column:
-        if not config.text_columns:
-            raise UserError(f"task '{config.name}': label_column needs text_columns; columns: {', '.join(train[0])}")
-        have = {str(row[config.label_column]) for row in train if config.label_column in row}
-        names = sorted(have) or [""]
-    metric: str = config.metric
-    if metric == "auto":
-        renamed = rename_columns(train, config.columns, config.name) if config.columns else train
-        kind = "label" if names else detect_format(renamed, config.name, config.columns)
-        metric = {"label": "accuracy", "prompt_completion": "exact_match"}.get(kind, "perplexity")
-    if (metric == "accuracy") != bool(names):
-        raise UserError(f"task '{config.name}': metric {metric} does not go with label_column '{config.label_column}'")
-    return limited(Task(config, metric, train, test, names), config.max_rows)
+    return train, test
 
 
 def limited(task: Task, count: int) -> Task:

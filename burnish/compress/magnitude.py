@@ -115,7 +115,7 @@ def dense(linear: Linear, path: str) -> nn.Parameter:
 
 def targets(model: Model, config: Config) -> list[Linear]:
     """The pruned projections, in the order of their masks."""
-    found = {path.removesuffix(".base"): linear for path, linear in linears(model.net)}
+    found = dict(linears(model.net))
     return [found[path] for path in config.target_modules]
 
 

@@ -195,5 +195,5 @@ def apply(model: Model, config: Config, context: Context) -> Config:
 def rebuild(model: Model, config: Config) -> None:
     wanted = set(config.target_modules)
     for path, linear in linears(model.net):
-        if path.removesuffix(".base") in wanted:
+        if path in wanted:
             linear.weight = NF4.empty(linear.out_features, linear.in_features, config.double_quant)

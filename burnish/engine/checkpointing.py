@@ -62,7 +62,7 @@ class Progressed:
 def data_digest(examples: Sequence[Example]) -> str:
     """SHA-256 over what the loss sees of every example, in order."""
     digest = hashlib.sha256()
-    for example in examples:
+    for example in (one for row in examples for one in (row, *(row.choices or ()))):
         for part in (example.ids, example.labels, example.slots, example.token_types):
             digest.update(b"-" if part is None else array("q", part).tobytes() + b";")
         digest.update(repr((example.label, example.virtual_tokens)).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,10 @@ def encode(model: Model, examples: Sequence[Example]) -> Sequence[Example]:
     """The examples through the `encode` hooks of the model's techniques, in chain order."""
     encoders = chain.hooks(model, "encode")
     for encoder in encoders:
-        examples = [encoder(example) for example in examples]
+        examples = [
+            replace(encoder(example), choices=example.choices and [encoder(choice) for choice in example.choices])
+            for example in examples
+        ]
     return examples
 
 
@@ -62,7 +66,12 @@ class Order:
     def batch(self, rows: list[Any]) -> dict[str, Tensor]:
         if self.config.packing:
             return packed(self.model, rows, self.config.max_length)
-        return collated(self.model, [self.examples[index] for index in rows], multiple_of=8)
+        examples = [self.examples[index] for index in rows]
+        groups = [[example, *(example.choices or ())] if example.compared else [example] for example in examples]
+        batch = collated(self.model, [example for group in groups for example in group], multiple_of=8)
+        if any(example.compared for example in examples):  # 0: the right one, with which each row's choices begin
+            batch["choice"] = torch.tensor([number for group in groups for number in range(len(group))])
+        return batch
 
 
 def _split(items: list[Any], size: int) -> list[list[Any]]:

@@ -103,7 +103,7 @@ class _Run:
         losses = chain.hooks(model, "loss")
         if len(losses) > 1:
             raise UserError("techniques: two of the chain replace the training loss; keep one of them")
-        self.loss = losses[0] if losses else lambda batch: loss_sum(model, batch)
+        self.loss = lambda batch: losses[0](batch, chain.forward(model, batch)) if losses else loss_sum(model, batch)
         own = [
             group
             for hook in chain.hooks(model, "parameter_groups")

@@ -13,7 +13,8 @@ class Example:
 
     slots: -1 for a real token, i >= 0 for pseudo token i (ids then hold a placeholder). label: the class of a
     classification example. virtual_tokens: how long a soft prompt this row gets, None for all of it. token_types:
-    BERT's sentence numbers. fields: the row's columns as text, for templates.
+    BERT's sentence numbers. fields: the row's columns as text, for templates. choices: the row with each wrong choice
+    in the place of its completion; compared: whether a training batch holds them beside it.
     """
 
     ids: list[int]
@@ -23,6 +24,8 @@ class Example:
     label: int | None = None
     virtual_tokens: int | None = None
     token_types: list[int] | None = None
+    choices: list[Example] | None = None
+    compared: bool = False
 
     @property
     def prompt_length(self) -> int:

@@ -13,17 +13,17 @@ from burnish.model.network import Network
 
 
 def linears(net: Network) -> Iterator[tuple[str, Linear]]:
-    """The projections of the layers (not the head) as (path, Linear), wrapped ones included."""
+    """The projections of the layers (not the head) as (path, Linear), wrapped ones by their wrapper's path."""
     for path, module in net.named_modules():
         if isinstance(module, Linear) and path.startswith(net.body):
-            yield path, module
+            yield re.sub(r"(\.base)+$", "", path), module
 
 
 def select(net: Network, targets: Sequence[str] | str) -> list[tuple[str, Linear]]:
     """The Linears that `targets` name: "all-linear", module names, in burnish's or the family's own Hugging Face
     words, path suffixes, or one regular expression over whole paths. Raises UserError when a target matches nothing.
     """
-    found = [(path.removesuffix(".base"), module) for path, module in linears(net)]
+    found = list(linears(net))
     if targets == "all-linear":
         return found
     aliases = net.layout.modules
@@ -49,10 +49,18 @@ def select(net: Network, targets: Sequence[str] | str) -> list[tuple[str, Linear
     return [pair for pair in found if pair[0] in chosen_paths]
 
 
-def replace(net: nn.Module, path: str, build: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Put `build(old)` where `path` points; returns the new module."""
+def replace(net: nn.Module, path: str, build: Callable[[nn.Module], nn.Module], corrects: str = "") -> nn.Module:
+    """Put `build(old)` where `path` points; returns the new module.
+
+    `corrects` names a technique that works on weights. Raises UserError where something that hides them is around.
+    """
     parent_path, _, leaf = path.rpartition(".")
     parent = net.get_submodule(parent_path)
+    if corrects and not hasattr(getattr(parent, leaf), "weight"):
+        raise UserError(
+            f"technique '{corrects}': another technique is around '{path}' already; "
+            f"put '{corrects}' before it in the chain, or choose other target_modules"
+        )
     new = build(getattr(parent, leaf))
     setattr(parent, leaf, new)
     return new

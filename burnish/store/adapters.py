@@ -1,6 +1,7 @@
 """Adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-LoRA is burnish's own technique where it has all that the adapter asks for; anything else goes through peft itself.
+LoRA and IA3 are burnish's own techniques where they have all that the adapter asks for; anything else goes through
+peft itself.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from burnish.config import UserError
 from burnish.model.bundle import Model
 from burnish.model.network import Layout
 from burnish.store.tensors import Entry, read_folder, write_json, write_tensors
-from burnish.tune import peft_method
+from burnish.tune import ia3, peft_method
 
 ROOT = "base_model.model."
-LORA = re.compile(re.escape(ROOT) + r"(.+)\.(lora_[AB])\.weight")
+OWN = {  # burnish's techniques that PEFT knows, and how it names their tensors
+    "lora": re.compile(re.escape(ROOT) + r"(.+)\.(lora_[AB])\.weight"),
+    "ia3": re.compile(re.escape(ROOT) + r"(.+)\.(ia3_l)"),
+}
+LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "use_rslora")
 # no SEQ_CLS: with it PEFT expects the classifier's weights in the adapter
 TASKS = {"lm": "CAUSAL_LM", "classification": None, "none": "FEATURE_EXTRACTION", "masked_lm": None}
 # what PEFT can switch on and burnish's LoRA does not do, with the value that means "off"
@@ -44,14 +49,15 @@ UNSUPPORTED: dict[str, Any] = {
 def takes(model: Model) -> bool:
     """Whether the chain is one that PEFT's format holds."""
     name = model.chain[0].name if len(model.chain) == 1 else ""
-    return name == "lora" or name.startswith(peft_method.PREFIX)
+    parts = any(layer.skipped for layer in ia3.layers(model).values())  # of fused projections, which PEFT cannot say
+    return (name in OWN and not parts) or name.startswith(peft_method.PREFIX)
 
 
 def write(model: Model, tensors: dict[str, Tensor], folder: Path) -> None:
     """Write a chain that `takes` accepts; `tensors` are its parameters by burnish's names."""
     name = model.chain[0].name
-    if name == "lora":
-        renamed, record = lora(model, tensors)
+    if name in OWN:
+        renamed, record = own(model, tensors)
     else:
         found = peft_method.tensors(model, name)
         renamed = {key: tensor.clone() for key, tensor in found.items()}
@@ -62,29 +68,26 @@ def write(model: Model, tensors: dict[str, Tensor], folder: Path) -> None:
     write_json({**record, **known}, folder / "adapter_config.json")
 
 
-def lora(model: Model, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors by PEFT's names, options) of burnish's own LoRA."""
+def own(model: Model, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by PEFT's names, options) of burnish's own LoRA or IA3."""
     layout = model.net.layout
-    config = model.chain[0].config
+    name, config = model.chain[0].name, model.chain[0].config
 
     def foreign(path: str) -> str:
         name = layout.modules[path]
         return name.removeprefix(layout.prefix) if model.spec.head == "none" else name
 
     renamed = {}
-    for name, tensor in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        renamed[f"{ROOT}{foreign(path)}.{leaf}.weight"] = tensor
-    return renamed, {
-        "peft_type": "LORA",
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "use_rslora": config.use_rslora,
-        "bias": "none",
-        "fan_in_fan_out": bool(layout.transposed),
-        "target_modules": [foreign(path) for path in config.target_modules],
-    }
+    for key, tensor in tensors.items():
+        path, _, leaf = key.rpartition(".")
+        renamed[f"{ROOT}{foreign(path)}.{leaf}{'.weight' if name == 'lora' else ''}"] = tensor
+    targets = [foreign(path) for path in config.target_modules]
+    record = {"peft_type": name.upper(), "fan_in_fan_out": bool(layout.transposed), "target_modules": targets}
+    if name == "ia3":
+        inner = [foreign(path) for path in config.feedforward_modules]
+        return renamed, {**record, "target_modules": targets + inner, "feedforward_modules": inner}
+    options = {key: getattr(config, key) for key in LORA_OPTIONS}
+    return renamed, {**record, **options, "bias": "none"}
 
 
 def read(folder: Path, saved: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Entry], str]:
@@ -98,12 +101,15 @@ def read(folder: Path, saved: list[dict[str, Any]]) -> tuple[list[dict[str, Any]
         raise UserError(f"{folder}/adapter_config.json: not valid JSON ({error})") from None
     tensors, base = read_folder(folder, "adapter_model"), config.get("base_model_name_or_path") or ""
     asked = [key for key, off in UNSUPPORTED.items() if config.get(key, off) not in (off, None, [], {})]
-    if saved and saved[0]["name"].startswith(peft_method.PREFIX):
+    if saved and (saved[0]["name"] == "ia3" or saved[0]["name"].startswith(peft_method.PREFIX)):
         return saved, tensors, base
-    if config.get("peft_type") != "LORA" or asked or not all(map(LORA.fullmatch, tensors)):
+    name = str(config.get("peft_type")).lower()
+    if name not in OWN or asked or not all(map(OWN[name].fullmatch, tensors)):
         return [peft_method.link(config, str(folder / "adapter_config.json"))], tensors, base
-    options = {key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_rslora") if key in config}
-    return [{"name": "lora", "config": options}], tensors, base
+    options = (
+        {key: config[key] for key in LORA_OPTIONS if key in config} if name == "lora" else {"peft_compatible": True}
+    )
+    return [{"name": name, "config": options}], tensors, base
 
 
 def rebuild(model: Model, chain: list[dict[str, Any]], tensors: dict[str, Entry]) -> dict[str, Entry]:
@@ -111,9 +117,14 @@ def rebuild(model: Model, chain: list[dict[str, Any]], tensors: dict[str, Entry]
 
     Raises UserError where the adapter's modules are not the base's.
     """
-    if chain[0]["name"] == "lora":
-        tensors = rename(model.net.layout, tensors)
-        chain[0]["config"]["target_modules"] = sorted({name.rpartition(".")[0] for name in tensors})
+    if chain[0]["name"] in OWN:
+        tensors = rename(model.net.layout, tensors, OWN[chain[0]["name"]])
+        targets = sorted({name.rpartition(".")[0] for name in tensors})
+        if chain[0]["name"] == "ia3":  # scales of inputs are (1, in), of outputs (out, 1)
+            inner = [path for path in targets if tensors[f"{path}.ia3_l"].shape[0] == 1]
+            chain[0]["config"]["feedforward_modules"] = inner
+            targets = [path for path in targets if path not in inner]
+        chain[0]["config"]["target_modules"] = targets
         chains.rebuild(model, chain)
         return tensors
     chains.rebuild(model, chain)
@@ -134,13 +145,13 @@ def rebuild(model: Model, chain: list[dict[str, Any]], tensors: dict[str, Entry]
     return found
 
 
-def rename(layout: Layout, tensors: dict[str, Entry]) -> dict[str, Entry]:
-    """LoRA's tensors by burnish's names instead of PEFT's."""
+def rename(layout: Layout, tensors: dict[str, Entry], names: re.Pattern[str]) -> dict[str, Entry]:
+    """Tensors that PEFT called as in `names`, by burnish's names."""
     native = {foreign: path for path, foreign in layout.modules.items()}
     native |= {foreign.removeprefix(layout.prefix): path for foreign, path in native.items()}
     renamed = {}
     for name, entry in tensors.items():
-        foreign, leaf = LORA.fullmatch(name).groups()  # type: ignore[union-attr]
+        foreign, leaf = names.fullmatch(name).groups()  # type: ignore[union-attr]
         if foreign not in native:
             raise UserError(f"the adapter has a module '{foreign}' that its base does not have")
         renamed[f"{native[foreign]}.{leaf}"] = entry

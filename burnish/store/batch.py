@@ -91,11 +91,13 @@ def collate_packed(rows: Sequence[Sequence[Example]], pad_id: int, max_length: i
     row without it.
 
     As `collate`'s, except that positions restart at each document and segments count 1, 2, 3, .... Raises
-    UserError for a row that is too long, and for examples with a class, of which a packed row has no single
-    one.
+    UserError for a row that is too long, for examples with a class, of which a packed row has no single one, and
+    for those to be compared with their wrong choices.
     """
     if any(example.label is not None for row in rows for example in row):
         raise UserError("classified examples cannot be packed, as a row has one class; set packing: false")
+    if any(example.compared for row in rows for example in row):
+        raise UserError("rows whose choices are compared cannot be packed; set packing: false")
     longest = max(sum(len(example.ids) for example in row) for row in rows)
     if max_length is not None and longest > max_length:
         raise UserError(

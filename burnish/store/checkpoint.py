@@ -4,7 +4,7 @@ A folder that burnish writes holds `config.json`, the tokenizer, and `burnish.js
 the base's identity. Dense base weights go to `model.safetensors` under their family's own names, so that
 transformers loads the folder unchanged; everything else (quantised storage, prompts, masks) goes to
 `burnish.safetensors` under burnish's names. A chain that leaves the base alone is saved without the base, and a chain
-of LoRA or of one of peft's methods alone in PEFT's format.
+of LoRA, (IA)^3 or one of peft's methods alone in PEFT's format.
 """
 
 from __future__ import annotations
@@ -196,8 +196,9 @@ def fill(
             kind = dtype or kind
         plan[name] = (entry, transposed, kind)
     used = {entry for entry, _, _ in plan.values()}
+    replaced = {foreign for native, foreign in stored_names(model).values() if native in extras}
     for key, entry in [*entries.items(), *extras.items()]:
-        known = key in layout.spare or any(re.search(pattern, key) for pattern in layout.ignored)
+        known = key in layout.spare or key in replaced or any(re.search(pattern, key) for pattern in layout.ignored)
         if entry not in used and not known:
             problems.append(f"unexpected {key}")
     if problems:
@@ -246,9 +247,9 @@ def save(model: Model, folder: str | Path) -> Path:
     extras: dict[str, torch.Tensor] = {}
     for name, (native, other) in stored_names(model).items():
         tensor = parameters[name].detach()
-        if other is None or not dense:
-            if other is None or complete:
-                extras[native] = tensor
+        trained = not complete and parameters[name].requires_grad  # norms beside adapters
+        if other is None or trained or (complete and not dense):
+            extras[native] = tensor
         elif complete:
             other = other.removeprefix(layout.prefix) if spec.head == "none" else other
             foreign[other] = tensor.t() if native in layout.transposed else tensor

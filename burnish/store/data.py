@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IGNORED", "Example", "Row", "detect_format", "encode_classification", "encode_prompt", "encode_rows",
-    "read_rows", "rename_columns", "split_rows",
+    "read_rows", "rename_columns", "split_rows", "wrong_choices",
 ]  # fmt: skip
 
 SPEAKERS = {
@@ -64,7 +64,8 @@ def encode_rows(
     number, counted from 1, or is left out (`on_empty="skip"`). Rows cut and left out are counted in a log
     warning.
 
-    `columns` names the user's own column for a role, as in {"prompt": "question"}.
+    `columns` names the user's own column for a role, as in {"prompt": "question"}. Where a row with a completion has
+    `choices`, its example has the wrong ones in `choices`.
 
     `paired` is for encoder-decoders: prompt and completion are each tokenised as a whole text, with the tokenizer's own
     marks, and `max_length` holds for each and cuts its end. Conversations, plain texts and `train_on="all"` are then
@@ -82,27 +83,26 @@ def encode_rows(
     examples, cut, empty = [], 0, 0
     for number, (raw, row) in enumerate(zip(rows, renamed, strict=True), start=1):
         try:
-            if paired:
-                ids, learnt, long = _encode_pair(kind, row, text, max_length)
-            else:
-                ids, learnt = _encode(kind, row, text)
-                long = len(ids) > max_length
+            example, long = _example(kind, row, text, max_length, paired)
         except UserError as error:
             raise UserError(f"{where}: row {number}: {error}") from error
         cut += long
-        if long and not paired:
-            ids, learnt = _fit(ids, learnt, text.kept(ids), max_length)
-        learnt = [True] * len(ids) if train_on == "all" else learnt
-        if True not in learnt[1:]:  # the first token of a document is never predicted
+        if train_on == "all":
+            example.labels = list(example.ids)
+        elif kind == "prompt_completion" and (wrong := wrong_choices(row)):
+            others = [{**row, "completion": other} for other in wrong]
+            example.choices = [_example(kind, other, text, max_length, paired)[0] for other in others]
+        if all(label == IGNORED for label in example.labels[1:]):  # the first token of a document is never predicted
             if on_empty == "error":
                 raise UserError(
-                    f"{where}: row {number}: no token to learn from, all {len(ids)} are masked;"
+                    f"{where}: row {number}: no token to learn from, all {len(example.ids)} are masked;"
                     " fill in its completion or reply, or skip such rows (on_empty: skip)"
                 )
             empty += 1
             continue
-        labels = [token if keep else IGNORED for token, keep in zip(ids, learnt, strict=True)]
-        examples.append(Example(ids, labels, fields={name: _as_text(value) for name, value in raw.items()}))
+        for one in (example, *(example.choices or ())):
+            one.fields = {name: _as_text(value) for name, value in raw.items()}
+        examples.append(example)
     if cut:
         logger.warning(
             "%s: %d of %d rows were longer than max_length=%d and were cut", where, cut, len(rows), max_length
@@ -112,6 +112,21 @@ def encode_rows(
     if not examples:
         raise UserError(f"{where}: none of the {len(rows)} rows has a token to learn from")
     return examples
+
+
+def wrong_choices(row: Row) -> list[str] | None:
+    """The other texts of the row's `choices`; None unless they are a list of texts with its completion among them, and
+    another one."""
+    choices = row.get("choices")
+    if isinstance(choices, str):  # from a CSV cell
+        try:
+            choices = json.loads(choices)
+        except json.JSONDecodeError:
+            return None
+    if not isinstance(choices, (list, tuple)) or not all(isinstance(text, str) and text.strip() for text in choices):
+        return None
+    others = [text for text in dict.fromkeys(choices) if text != row.get("completion")]
+    return others if 0 < len(others) < len(set(choices)) else None
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, paired: bool = False) -> Example:
@@ -226,6 +241,17 @@ def _encode(kind: str, row: Row, text: _Text) -> tuple[list[int], list[bool]]:
         prompt, completion = _text(row, "prompt"), _text(row, "completion")
     before, after = text.first(prompt), text.ended(text.rest(completion))
     return before + after, [False] * len(before) + [True] * len(after)
+
+
+def _example(kind: str, row: Row, text: _Text, max_length: int, paired: bool) -> tuple[Example, bool]:
+    """The row without its columns, and whether it had to be cut to `max_length`."""
+    if paired:
+        ids, learnt, long = _encode_pair(kind, row, text, max_length)
+    else:
+        ids, learnt = _encode(kind, row, text)
+        long = len(ids) > max_length
+        ids, learnt = _fit(ids, learnt, text.kept(ids), max_length)
+    return Example(ids, [token if keep else IGNORED for token, keep in zip(ids, learnt, strict=True)]), long
 
 
 def _asked(row: Row) -> tuple[str, str]:

@@ -31,7 +31,7 @@ def run(config: MergeConfig) -> int:
     if not notes:
         names = [link.name for link in model.chain] or "nothing"
         raise UserError(
-            f"{config.model}: holds {names}, which cannot be folded into the weights; mergeable: lora, peft:*"
+            f"{config.model}: holds {names}, which cannot be folded into the weights; mergeable: lora, ia3, peft:*"
         )
     save(model, config.output_dir)
     for note in notes:

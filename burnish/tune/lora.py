@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from burnish.config import UserError
 from burnish.model.bundle import Context, Model
-from burnish.model.linear import Dense, Linear, by_tokens, is_flat
+from burnish.model.linear import Linear, by_tokens, is_flat
 from burnish.model.surgery import replace as put
 from burnish.model.surgery import select
-from burnish.tune.folding import folded
+from burnish.tune.folding import fold
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def apply(model: Model, config: Config, context: Context) -> Config:
 
 def rebuild(model: Model, config: Config) -> None:
     for path in config.target_modules or ():
-        put(model.net, path, lambda base: LoRALinear(base, config))  # type: ignore[arg-type]
+        put(model.net, path, lambda base: LoRALinear(base, config), "lora")  # type: ignore[arg-type]
 
 
 def layers(model: Model) -> dict[str, LoRALinear]:
@@ -120,17 +120,6 @@ def layers(model: Model) -> dict[str, LoRALinear]:
     return {path: module for path, module in model.net.named_modules() if isinstance(module, LoRALinear)}
 
 
-@torch.no_grad()
 def merge(model: Model, config: Config) -> str:
     """Add the corrections to the weights; a quantised weight becomes dense first, and the note says so."""
-    expanded = []
-    for path, layer in layers(model).items():
-        linear = layer.base
-        if isinstance(linear.weight, Dense):
-            linear.weight.dense.add_(layer.delta().to(linear.weight.dense.dtype))
-        else:
-            expanded.append(path)
-            linear.weight = Dense((linear.weight.dequantize().float() + layer.delta()).to(torch.bfloat16))
-            linear.weight.requires_grad_(False)
-        put(model.net, path, lambda wrapped: cast(LoRALinear, wrapped).base)
-    return folded(model, "lora", f"{len(config.target_modules or ())} projections", expanded)
+    return fold(model, "lora", layers(model), lambda layer, weight: weight + layer.delta())

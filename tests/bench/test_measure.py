@@ -6,11 +6,13 @@ import json
 
 import pytest
 import tiny
+import tiny_foreign
 import torch
 
 import burnish
 from burnish.bench.latency import LatencyConfig, latency
-from burnish.bench.measure import answered, measure
+from burnish.bench.measure import answered, measure, ranked
+from burnish.bench.tasks import load_task, parse_task
 from burnish.cli import main
 from burnish.engine.generate import GenerationConfig, generate
 from burnish.model.example import Example
@@ -58,3 +60,60 @@ def test_latency(root, family, head):
     found = latency(burnish.load(tiny.folder(root, family, head)), LatencyConfig(8, 2, 1, 4))
     times = found["latency_ms"]
     assert 0 < times["p50"] <= times["p95"] and times["std"] >= 0 and found["tokens_per_second"] > 0
+
+
+CHOICES = [" yes", " no", " a big fish", " the dog sees a bird"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "stablelm"])
+def test_rank_classification_is_a_loop_over_choices(root, tmp_path, family):
+    foreign = family in tiny_foreign.CONFIGS
+    model = burnish.load((tiny_foreign if foreign else tiny).folder(root, family))
+    theirs = (tiny_foreign if foreign else tiny).reference(family)
+    prompts = ["is the cat red ?", "who runs ?", "the small bird", "where is the dog ? answer :", "what", "2 3 4"]
+    rows = [
+        {"prompt": prompt, "completion": right, "options": CHOICES, "number": i}
+        for i, prompt in enumerate(prompts)
+        for right in CHOICES
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def score(prompt: str, choice: str) -> float:
+        before, after = (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, choice))
+        with torch.no_grad():
+            logs = theirs(input_ids=torch.tensor([before + after])).logits.log_softmax(-1)[0, len(before) - 1 : -1]
+        return sum(logs[i, token].item() for i, token in enumerate(after)) / len(after)
+
+    best = [max(CHOICES, key=lambda choice: score(row["prompt"], choice)) == row["completion"] for row in rows]
+    task = load_task(
+        parse_task(
+            {
+                "name": "mine",
+                "data": str(path),
+                "eval_data": str(path),
+                "metric": "rank_classification",
+                "columns": {"choices": "options"},
+            }
+        )
+    )
+    assert ranked(model, task.encode(model, task.test)) == best and sum(best) == len(prompts)
+    assert measure(model, task) == pytest.approx(1 / len(CHOICES))
+
+
+def test_rank_classification_from_the_command_line(root, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": "is it red ?", "completion": " yes", "choices": [" yes", " no"]}
+    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "completion": " no"}) + "\n")
+    model = str(tiny.folder(root, "llama"))
+    verb = ["eval", model, "--metric", "rank_classification", "--json"]
+    assert main([*verb, "--data", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out)[str(path)] == {"metric": "rank_classification", "value": 0.5, "rows": 2}
+    assert main([*verb, "--task", "[entailment]", "--max-rows", "6"]) == 0
+    found = json.loads(capsys.readouterr().out)["entailment"]
+    assert found["metric"] == "rank_classification" and found["rows"] == 6
+    assert main([*verb, "--task", "[facts]"]) == 2
+    assert "test row 1: metric rank_classification needs a prompt" in capsys.readouterr().err
+    path.write_text(json.dumps({**row, "choices": [" red", " no"]}) + "\n" + json.dumps(row) + "\n")
+    assert main([*verb, "--data", str(path)]) == 2
+    assert "test row 1" in capsys.readouterr().err

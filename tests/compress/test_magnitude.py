@@ -26,7 +26,7 @@ def pruned(folder, *others, **options) -> Model:
 
 
 def matrices(model: Model) -> dict[str, torch.Tensor]:
-    found = {path.removesuffix(".base"): linear.weight.dequantize() for path, linear in linears(model.net)}
+    found = {path: linear.weight.dequantize() for path, linear in linears(model.net)}
     return {path: matrix.detach().clone() for path, matrix in found.items()}
 
 

@@ -251,7 +251,7 @@ def test_hooks_are_called_where_they_belong(fake):
         fake.calls.append("encode")
         return replace(example, ids=example.ids[:4], labels=example.labels[:3] + [7])
 
-    def loss(model, config, batch):
+    def loss(model, config, batch, hidden):
         fake.calls.append(batch["input_ids"].shape[1])
         total, count = loss_sum(model, batch)
         return config.scale * total, count

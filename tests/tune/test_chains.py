@@ -20,6 +20,7 @@ from burnish.store.checkpoint import load, save
 
 TEXTS = ([6, 7, 8, 9, 10], [20, 21, 22], [30, 9, 8, 31, 40, 41], [11, 12, 13, 14])
 LORA = {"lora": {"r": 4, "target_modules": "all-linear"}}
+ADAPTERS = {"adapters": {"size": 4}}
 
 
 def examples(model: Model) -> list[Example]:
@@ -55,6 +56,12 @@ def outputs(model: Model) -> torch.Tensor:
         ("llama", ["nf4", LORA, {"prompt_tuning": {"num_virtual_tokens": 2}}]),
         ("llama", [{"prefix_tuning": {"num_virtual_tokens": 2}}, "p_tuning"]),
         ("bloom", ["magnitude", "nf4", LORA]),
+        ("bert", ["transfer", ADAPTERS]),
+        ("bert", ["transfer", "ia3"]),
+        ("falcon", ["ia3", ADAPTERS, "nf4"]),
+        ("gpt_neox", [LORA, ADAPTERS, "nf4"]),
+        ("falcon", ["int8", {"lora": {"r": 4}}, ADAPTERS]),
+        ("llama", [ADAPTERS, {"prefix_tuning": {"num_virtual_tokens": 2}}]),
     ],
 )
 def test_a_chain_trains_and_comes_back(root, tmp_path, family, techniques):
