@@ -17,7 +17,7 @@ from pathlib import Path
 
 from burnish import device
 from burnish.bench.compare import DEFAULT
-from burnish.bench.jobs import Job, run_job
+from burnish.bench.jobs import run_job
 from burnish.bench.launcher import launchers
 from burnish.config import load_yaml
 from burnish.store.hub import resolve
@@ -59,14 +59,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch, launchers(options.workers) as free:
         pool = ThreadPoolExecutor(options.workers)
-
-        def run(job: Job) -> Job:
-            launcher = free.get()
-            result = run_job(job, Path(scratch), 600, launcher)
-            free.put(launcher)
-            return result
-
-        results = pool.map(run, [trial[3] for trial in trials])
+        results = pool.map(lambda trial: run_job(trial[3], Path(scratch), 600, free), trials)
         table: dict[str, dict[str, dict[str, float | None]]] = {}
         for (name, task, rate, _), result in zip(trials, results, strict=True):
             score = result["quality"]["mean"] if result["status"] == "ok" else None

@@ -142,8 +142,6 @@ def main(job_path: str, result_path: str) -> int:
     job = json.loads(Path(job_path).read_text())
     torch.set_num_threads(job["threads"])
     if job.get("memory_limit"):
-        from transformers import PreTrainedTokenizerFast  # noqa: F401 - imports are no part of what is limited
-
         limit_memory(int(job["memory_limit"]))
     try:
         result = {"status": "ok", "error": None, **KINDS[job["kind"]](job)}

@@ -45,15 +45,18 @@ def file_digest(path: str) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest() if path and file.is_file() else path
 
 
-def run_job(job: Job, scratch: Path, timeout: float, launcher: Launcher) -> Job:
-    """Run one job in a process of its own and return its result; a death becomes a result too."""
+def run_job(job: Job, scratch: Path, timeout: float, free: SimpleQueue[Launcher]) -> Job:
+    """Run one job by one of the free launchers and return its result; a death becomes a result too."""
     name = key(job)
     job_path, result_path, log = (scratch / f"{name}{end}" for end in (".json", ".result.json", ".log"))
     job_path.write_text(json.dumps(job))
+    launcher = free.get()
     try:
         code = launcher.run(job_path, result_path, log, timeout)
     except EOFError as error:
         return {"status": "failed", "error": str(error)}
+    finally:
+        free.put(launcher)
     if code is None:
         return {"status": "timeout", "error": f"stopped after {timeout:.0f} s"}
     if result_path.exists():
@@ -134,10 +137,8 @@ class Jobs:
             if kept:
                 result = read_json(path)
             else:
-                launcher = free.get()
                 limited = {**job, "memory_limit": self.config.memory_limit}
-                result = run_job(limited, self.scratch, self.config.timeout, launcher)
-                free.put(launcher)
+                result = run_job(limited, self.scratch, self.config.timeout, free)
                 if result["status"] == "ok":
                     write_json(result, path)
             results[path] = result

@@ -17,7 +17,7 @@ from burnish.engine.loss import evaluate
 from burnish.engine.order import collated, encode
 from burnish.model.bundle import Model
 from burnish.model.example import IGNORE, Example
-from burnish.model.scoring import label_log_probabilities, means
+from burnish.model.scoring import beside_labels, label_log_probabilities, means
 from burnish.store.checkpoint import load
 
 BATCH = 64
@@ -75,9 +75,7 @@ def answered(model: Model, examples: Sequence[Example]) -> list[bool]:
             for i, good in zip(chosen, (picked == batch["label"]).tolist(), strict=True):
                 right[i] = good
             continue
-        labels = batch["labels"]
-        if net.spec.generates:
-            hidden, labels = hidden[:, :-1], labels[:, 1:]
+        hidden, labels = beside_labels(net, hidden, batch["labels"])
         judged = labels != IGNORE
         for end in ends:
             judged &= labels != end

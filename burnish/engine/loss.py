@@ -16,6 +16,7 @@ from burnish.kernels.cross_entropy import linear_cross_entropy
 from burnish.model.example import IGNORE, Example
 from burnish.model.linear import Linear
 from burnish.model.network import Network
+from burnish.model.scoring import beside_labels
 from burnish.model.transformer import Transformer
 
 ROWS_PER_CHUNK = 256  # for a head that is more than one Linear
@@ -33,9 +34,7 @@ def loss_sum(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         logits = net.logits(net.pool(hidden, batch["attention_mask"]))  # (B, num_labels)
         classes = batch["label"]
         return F.cross_entropy(logits.float(), classes, reduction="sum"), int((classes != IGNORE).sum())
-    labels = batch["labels"]
-    if net.spec.generates:
-        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    hidden, labels = beside_labels(net, hidden, batch["labels"])
     kept = labels != IGNORE
     return _head_loss(net, hidden[kept], labels[kept])
 

@@ -12,14 +12,19 @@ from burnish.model.network import Network
 TOKENS_PER_CHUNK = 256
 
 
+def beside_labels(net: Network, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """States (B, T, hidden) and labels (B, T), each state where the label stands that it predicts: the next one of a
+    network that generates, else the one in place."""
+    return (hidden[:, :-1], labels[:, 1:]) if net.spec.generates else (hidden, labels)
+
+
 def label_log_probabilities(net: Network, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(log p of every label that is not -100, (N,) float32; its row, (N,)) of states (B, T, hidden), labels (B, T).
 
     A decoder's states give the next token, an encoder's the token in place. With gradients, logits are computed again
     in the backward pass instead of kept.
     """
-    if net.spec.generates:
-        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    hidden, labels = beside_labels(net, hidden, labels)
     kept = labels != IGNORE
 
     def part(states: Tensor, wanted: Tensor) -> Tensor:

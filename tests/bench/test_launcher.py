@@ -13,29 +13,30 @@ import pytest
 import tiny
 
 from burnish.bench.jobs import run_job
-from burnish.bench.launcher import Launcher
+from burnish.bench.launcher import launchers
 
 JOB = {"kind": "nothing of that kind", "threads": 1}
 
 
 @pytest.fixture
-def launcher():
-    launcher = Launcher()
-    yield launcher
-    launcher.close()
+def free():
+    with launchers(1) as free:
+        yield free
 
 
-def test_a_failing_job_tells_its_last_line_and_the_launcher_goes_on(launcher, tmp_path):
+def test_a_failing_job_tells_its_last_line_and_the_launcher_goes_on(free, tmp_path):
     for _ in range(2):
-        result = run_job(JOB, tmp_path, 60, launcher)
+        result = run_job(JOB, tmp_path, 60, free)
         assert result["status"] == "failed" and "nothing of that kind" in result["error"]
 
 
-def test_a_launcher_that_died_is_a_failed_job_and_starts_again(launcher, tmp_path):
-    run_job(JOB, tmp_path, 60, launcher)
+def test_a_launcher_that_died_is_a_failed_job_and_starts_again(free, tmp_path):
+    run_job(JOB, tmp_path, 60, free)
+    launcher = free.get()
     launcher.process.kill()
     launcher.process.wait()
-    assert "nothing of that kind" in run_job(JOB, tmp_path, 60, launcher)["error"]
+    free.put(launcher)
+    assert "nothing of that kind" in run_job(JOB, tmp_path, 60, free)["error"]
 
 
 def test_a_stopped_comparison_removes_its_scratch_and_ends_its_jobs(root, tmp_path):
