@@ -8,17 +8,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from burnish import device
 from burnish.bench import report
 from burnish.bench.jobs import Jobs
-from burnish.bench.rows import RowConfig, majority_row, result_row, task_cells
+from burnish.bench.rows import RowConfig, learning_rates, majority_row, result_row, task_cells
 from burnish.bench.tasks import load_task, parse_task
 from burnish.chain import parse_chain
-from burnish.config import UserError, from_mapping, load_yaml, to_mapping
+from burnish.config import UserError, from_mapping, load_yaml, nearest, to_mapping
 from burnish.plan import check_memory
 from burnish.store.checkpoint import read_json
 from burnish.store.hub import resolve
@@ -40,6 +40,9 @@ class CompareConfig:
     model: str = field(default="pebble", metadata=_help("checkpoint folder, hub id or 'pebble'"))
     tasks: list[Any] = field(default_factory=list, metadata=_help("built-in names, or mappings with name and data"))
     rows: list[Any] = field(default_factory=list, metadata=_help("mappings with name, techniques, learning_rate"))
+    examples: list[int] = field(
+        default_factory=list, metadata=_help("measure trained rows with so many training examples too: a curve")
+    )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata=_help("seeds of every trained row"))
     controls: bool = field(default=True, metadata=_help("add the majority answer and shuffled labels"))
     learning_rate: float = field(default=1e-3, metadata=_help("for trained rows that name none"))
@@ -73,21 +76,30 @@ def compare(config: CompareConfig, progress: Callable[[str], None] = print) -> d
     began = time.perf_counter()
     config = with_defaults(config)
     rows = [from_mapping(RowConfig, dict(row), f"row '{dict(row).get('name', '?')}'") for row in config.rows]
+    rows = [replace(row, model=row.model or config.model) for row in rows]
     names = [row.name for row in rows]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"rows: the name '{name}' stands twice; names tell rows apart")
+    if not config.seeds:
+        raise UserError("seeds: give at least one, as in [0, 1, 2]")
     tasks = [load_task(parse_task(task)) for task in config.tasks]
+    known = [task.name for task in tasks]
     for row in rows:
         parse_chain(row.techniques)
-    folder = resolve(config.model)
-    check_memory(folder, [row.techniques for row in rows])
-    claim(config, folder)
+        for name in row.tasks:
+            if name not in known:
+                raise UserError(f"row '{row.name}': task '{name}' is none of the comparison's{nearest(name, known)}")
+        for name in known:
+            learning_rates(row, name)
+    models = {name: resolve(name) for name in {config.model: None} | {row.model: None for row in rows}}
+    for name, folder in models.items():
+        check_memory(folder, [row.techniques for row in rows if row.model == name])
+    claim(config, models[config.model])
 
     cells = [cell for task in tasks for cell in task_cells(rows, task, config.controls)]
-    twin = config.cost == "twin" or (config.cost == "auto" and config.model == "pebble")
     with tempfile.TemporaryDirectory(dir=config.output_dir) as scratch:
-        jobs = Jobs(config, folder, Path(scratch), twin)
+        jobs = Jobs(config, models, Path(scratch))
         measured = jobs.run(cells, progress)
     majorities = [majority_row(task) for task in tasks] if config.controls else []
     results = {
@@ -95,7 +107,7 @@ def compare(config: CompareConfig, progress: Callable[[str], None] = print) -> d
         "budget": config.budget,
         "rows": [*(result_row(cell, *found) for cell, found in measured), *(row for row in majorities if row)],
         "seconds": time.perf_counter() - began,
-        "notes": notes(config, twin, jobs.workers),
+        "notes": notes(config, any(map(jobs.has_twin, cells)), jobs.workers),
         "recipe": to_mapping(config),
         "command": "burnish compare",
     }
@@ -137,7 +149,9 @@ def claim(config: CompareConfig, model: Path) -> None:
 def notes(config: CompareConfig, twin: bool, workers: int) -> list[str]:
     """How the figures were measured, for the report."""
     request = {"prompt_tokens": 64, "new_tokens": 16, "warmups": 2, "runs": 10, **config.latency}
-    where = "a random-weight Llama of 134M parameters with the same chain" if twin else "the model itself"
+    where = "the model itself"
+    if twin:
+        where = "a random-weight Llama of 134M parameters with the same chain where the model is pebble, else on itself"
     return [
         "exact match: the share of test rows whose greedy continuation begins with the expected completion; "
         "accuracy: of classes; rank classification: the share whose completion is the likeliest per token of its "
@@ -150,6 +164,8 @@ def notes(config: CompareConfig, twin: bool, workers: int) -> list[str]:
         f"Peak memory is the larger of training ({config.shape[0]} rows of {config.shape[1]} tokens) and serving the "
         "saved artefact in a fresh process, each above the process's memory after imports.",
         "Artefact: bytes of the tensor files that the row saves; for adapters and prompts without the base.",
+        "Learning rates of rows that name several: the best on the development rows, one seed that is not among the "
+        "others; every such row gets the trials that it lists.",
         "Controls: the most frequent training answer, and training with the answers dealt out at random.",
     ]
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from burnish.bench.job import OUT_OF_MEMORY
 from burnish.bench.launcher import Launcher, launchers
-from burnish.bench.rows import Cell, learning_rate
+from burnish.bench.report_plots import lower_is_better
+from burnish.bench.rows import Cell, learning_rates
 from burnish.bench.twin import write_twin
 from burnish.config import to_mapping
 from burnish.store.checkpoint import read_json
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 Job = dict[str, Any]
 PLACES = ("model", "artifact")  # parts of a job that say where things lie, not what they are
+DATA = ("data", "eval_data", "dev_data")
 
 
 def key(value: Any) -> str:
@@ -69,24 +71,36 @@ def run_job(job: Job, scratch: Path, timeout: float, free: SimpleQueue[Launcher]
 
 
 class Jobs:
-    """The jobs of one comparison of `model`, with files in `scratch` while it runs."""
+    """The jobs of one comparison, with files in `scratch` while it runs; `models` are the folders of its bases."""
 
-    def __init__(self, config: CompareConfig, model: Path, scratch: Path, twin: bool):
-        self.config, self.model, self.scratch = config, model, scratch
-        self.cost_model = scratch / "twin" if twin else model
-        self.twin = twin
-        self.identity = identity(model)
+    def __init__(self, config: CompareConfig, models: dict[str, Path], scratch: Path):
+        self.config, self.models, self.scratch = config, models, scratch
+        self.identities = {str(folder): identity(folder) for folder in models.values()}
         self.cores = os.cpu_count() or 1
         self.workers = config.workers or min(4, self.cores)
         self.threads = max(1, self.cores // self.workers)
+        self.rates: dict[tuple[str, str], dict[str, float | None]] = {}  # score of each tried rate, by row and task
         self.folder = config.output_dir / "jobs"
         if config.overwrite and self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    def has_twin(self, cell: Cell) -> bool:
+        """Whether the cost of the cell's chain is measured on the twin."""
+        return self.config.cost == "twin" or (self.config.cost == "auto" and cell.row.model == "pebble")
+
+    def rate(self, cell: Cell) -> float:
+        """The learning rate of a cell: the one given, or the best of those tried; 0 where it does not train."""
+        rates = learning_rates(cell.row, cell.task.name)
+        tried = self.rates.get((cell.row.name, cell.task.name), {})
+        scores = {rate: score for rate in rates if (score := tried.get(f"{rate:g}")) is not None}
+        if not scores:
+            return rates[0] if rates else 0.0
+        return (min if lower_is_better(cell.task.metric) else max)(scores, key=lambda rate: scores[rate])
+
     def training(self, cell: Cell) -> dict[str, Any] | None:
         """The training settings of a cell, None for one that does not train."""
-        config, rate = self.config, learning_rate(cell.row, cell.task.name)
+        config, rate = self.config, self.rate(cell)
         if not rate:
             return None
         steps = cell.row.max_steps or config.max_steps
@@ -100,64 +114,111 @@ class Jobs:
             **cell.row.train,
         }
 
-    def quality(self, cell: Cell) -> Job:
-        """The job that trains and measures a cell."""
-        job = {"kind": "quality", "model": str(self.model), "techniques": cell.techniques, "shuffle": cell.shuffle}
+    def quality(self, cell: Cell, examples: int = 0) -> Job:
+        """The job that trains, on so many examples (0: all), and measures a cell."""
+        model = str(self.models[cell.row.model])
+        job = {"kind": "quality", "model": model, "techniques": cell.techniques, "shuffle": cell.shuffle}
         seeds = self.config.seeds[:1] if cell.shuffle else self.config.seeds  # a control needs no spread
-        settings = {"task": to_mapping(cell.task.config), "seeds": seeds, "train": self.training(cell)}
-        return {**job, **settings, "threads": self.threads}
+        task = to_mapping(cell.task.config) | ({"train_rows": examples} if examples else {})
+        return {**job, "task": task, "seeds": seeds, "train": self.training(cell), "threads": self.threads}
+
+    def trials(self, cell: Cell) -> dict[str, Job]:
+        """The jobs that try the learning rates of a cell on the development rows, with a seed of their own."""
+        rates = learning_rates(cell.row, cell.task.name)
+        if len(rates) < 2:
+            return {}
+        job = self.quality(cell)
+        job |= {"task": {**job["task"], "split": "dev"}, "seeds": [1 + max(self.config.seeds)]}
+        return {f"{rate:g}": {**job, "train": {**job["train"], "learning_rate": rate}} for rate in rates}
+
+    def sizes(self, cell: Cell) -> list[int]:
+        """The numbers of training examples that a cell is measured at, besides all."""
+        trains = self.rate(cell) and not cell.control
+        return [count for count in self.config.examples if trains and count < len(cell.task.train)]
 
     def cost(self, cell: Cell) -> tuple[Job, Job]:
         """The jobs that measure a chain's training memory, and its artefact's latency."""
-        artifact = str(self.scratch / f"artifact-{key(cell.techniques)}")
-        common = {"model": str(self.cost_model), "techniques": cell.techniques, "artifact": artifact}
+        model = str(self.scratch / "twin" if self.has_twin(cell) else self.models[cell.row.model])
+        artifact = str(self.scratch / f"artifact-{self.chain(cell)}")
+        common = {"model": model, "techniques": cell.techniques, "artifact": artifact}
         fit = {**common, "kind": "fit", "threads": self.threads, "shape": self.config.shape}
         serve = {**common, "kind": "serve", "threads": self.cores, "latency": self.config.latency}
         return {**fit, "train": self.training(cell)}, serve
 
+    def chain(self, cell: Cell) -> str:
+        """What tells apart the chains whose cost is measured."""
+        return key([cell.row.model, cell.techniques])
+
     def path(self, job: Job) -> Path:
         """Where the job's result is kept."""
         stable = {name: value for name, value in job.items() if name not in PLACES}
-        data = [file_digest(job["task"][name]) for name in ("data", "eval_data")] if "task" in job else []
-        return self.folder / f"{key([stable, self.identity, self.twin, data])}.json"
+        data = [file_digest(job["task"][name]) for name in DATA] if "task" in job else []
+        return self.folder / f"{key([stable, self.identities.get(job['model'], 'twin'), data])}.json"
 
-    def run(self, cells: list[Cell], progress: Callable[[str], None]) -> list[tuple[Cell, tuple[Job, Job, Job]]]:
-        """Run what is not kept; every cell with the results of its quality, fit and serve jobs."""
-        chains = {key(cell.techniques): cell for cell in reversed(cells) if not cell.shuffle}
-        costs = {name: self.cost(cell) for name, cell in chains.items()}
-        stale = {name for name, pair in costs.items() if not all(self.path(job).exists() for job in pair)}
-        parallel = [(f"{c.row.name}{' shuffled' * c.shuffle} on {c.task.name}", self.quality(c), False) for c in cells]
-        parallel += [(f"{chains[n].row.name}: memory", pair[0], n in stale) for n, pair in costs.items()]
-        alone = [(f"{chains[n].row.name}: latency", pair[1], n in stale) for n, pair in costs.items()]
-        total, results = len(parallel) + len(alone), {}
+    def run(self, cells: list[Cell], progress: Callable[[str], None]) -> list[tuple[Cell, tuple[Job, ...]]]:
+        """Run what is not kept; every cell with the results of its quality, fit and serve jobs, and with its learning
+        rate, trials and quality by number of examples."""
+        tried = {(cell.row.name, cell.task.name): self.trials(cell) for cell in cells if not cell.control}
+        chains = {self.chain(cell): cell for cell in reversed(cells) if not cell.shuffle}
+        trials = [(f"{row} on {task} at {rate}", job) for (row, task), t in tried.items() for rate, job in t.items()]
+        total = len(trials) + sum(1 + len(self.sizes(cell)) for cell in cells) + 2 * len(chains)
+        results: dict[Path, Job] = {}
 
-        def finish(free: SimpleQueue[Launcher], name: str, job: Job, again: bool) -> None:
-            path = self.path(job)
-            kept = path.exists() and not again
-            if kept:
-                result = read_json(path)
-            else:
-                limited = {**job, "memory_limit": self.config.memory_limit}
-                result = run_job(limited, self.scratch, self.config.timeout, free)
-                if result["status"] == "ok":
-                    write_json(result, path)
-            results[path] = result
-            said = "kept" if kept else ": ".join(part for part in (result["status"], result["error"]) if part)
-            progress(f"[{len(results)}/{total}] {name}: {said}")
-
-        if stale and self.twin:
-            write_twin(self.cost_model, str(self.model))
         with launchers(self.workers) as free:
             pool = ThreadPoolExecutor(self.workers)
-            try:
-                for future in [pool.submit(finish, free, *item) for item in parallel]:
+
+            def finish(name: str, job: Job, again: bool = False) -> None:
+                results[self.path(job)], said = self.finished(job, free, again)
+                progress(f"[{len(results)}/{total}] {name}: {said}")
+
+            def together(items: list[tuple[Any, ...]]) -> None:
+                for future in [pool.submit(finish, *item) for item in items]:
                     future.result()
+
+            try:
+                together(trials)
+                for cell_name, jobs in tried.items():
+                    found = {rate: results[self.path(job)] for rate, job in jobs.items()}
+                    self.rates[cell_name] = {rate: (r.get("quality") or {}).get("mean") for rate, r in found.items()}
+                costs = {name: self.cost(cell) for name, cell in chains.items()}
+                stale = {name for name, pair in costs.items() if not all(self.path(job).exists() for job in pair)}
+                if any(self.has_twin(chains[name]) for name in stale):
+                    write_twin(self.scratch / "twin", "pebble")
+                parallel: list[tuple[Any, ...]] = []
+                for cell in cells:
+                    name = f"{cell.row.name}{' shuffled' * cell.shuffle} on {cell.task.name}"
+                    parallel.append((name, self.quality(cell)))
+                    parallel += [(f"{name}, {n} rows", self.quality(cell, n)) for n in self.sizes(cell)]
+                parallel += [(f"{chains[n].row.name}: memory", pair[0], n in stale) for n, pair in costs.items()]
+                together(parallel)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-            for item in alone:
-                finish(free, *item)
-        found = []
+            for name, pair in costs.items():
+                finish(f"{chains[name].row.name}: latency", pair[1], name in stale)
+
+        measured = []
         for cell in cells:
-            pair = costs[key(cell.techniques)]
-            found.append((cell, tuple(results[self.path(job)] for job in (self.quality(cell), *pair))))
-        return found  # type: ignore[return-value]
+            of_cell = (self.quality(cell), *costs[self.chain(cell)])
+            measured.append((cell, (*(results[self.path(job)] for job in of_cell), self.found(cell, results))))
+        return measured
+
+    def finished(self, job: Job, free: SimpleQueue[Launcher], again: bool) -> tuple[Job, str]:
+        """The job's result, kept or from running it (`again`: even if kept), and what to say of it."""
+        path = self.path(job)
+        if path.exists() and not again:
+            return read_json(path), "kept"
+        limited = {**job, "memory_limit": self.config.memory_limit}
+        result = run_job(limited, self.scratch, self.config.timeout, free)
+        if result["status"] == "ok":
+            write_json(result, path)
+        return result, ": ".join(part for part in (result["status"], result["error"]) if part)
+
+    def found(self, cell: Cell, results: dict[Path, Job]) -> Job:
+        """A cell's learning rate, the trials that led to it, and its [examples, mean, spread] by number of examples."""
+        counts = self.sizes(cell)
+        by_count = {n: results[self.path(self.quality(cell, n))] for n in counts}
+        if counts:
+            by_count[len(cell.task.train)] = results[self.path(self.quality(cell))]
+        curve = [[n, r["quality"]["mean"], r["quality"]["spread"]] for n, r in by_count.items() if "quality" in r]
+        trials = self.rates.get((cell.row.name, cell.task.name), {})
+        return {"learning_rate": self.rate(cell), "trials": trials, "examples": sorted(curve)}

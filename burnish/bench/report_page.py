@@ -201,6 +201,12 @@ def figures(
             memory, metric, f"peak memory ({word})", unit=unit, limit=budget.get("max_memory_bytes")
         ),
         "Quality against latency": plots.scatter(latency, metric, "latency (ms)", limit=budget.get("max_latency_ms")),
-        "Learning curves": plots.curves(marks),
+        "Learning curves": plots.curves(marks, "step", "training loss"),
+        "Quality by number of training examples": plots.curves(
+            [replace(m, curve=[(n, mean) for n, mean, _ in row["examples"]]) for row, m in pairs],
+            "training examples",
+            metric.replace("_", " "),
+            not plots.lower_is_better(metric),
+        ),
     }
     return [(caption, Markup(svg)) for caption, svg in drawn.items() if svg]

@@ -98,7 +98,7 @@ def gap(metric: str, difference: float) -> str:
 
 @dataclass
 class Mark:
-    """One row as the plots draw it: `x` a cost, `y` its quality, `curve` of (step, loss), `style` a CSS
+    """One row as the plots draw it: `x` a cost, `y` its quality, `curve` the points of its line, `style` a CSS
     class. `rank` 0 is the winner, and lower ranks are named and drawn on top first."""
 
     name: str
@@ -277,15 +277,15 @@ def scatter(marks: Sequence[Mark], metric: str, x_title: str, unit: float = 1.0,
     return svg("".join(parts), f"{metric} against {x_title} of the rows in the table above")
 
 
-def curves(marks: Sequence[Mark]) -> str:
-    """Training loss over steps, one line per row, named at its end; "" without data."""
+def curves(marks: Sequence[Mark], x_title: str, y_title: str, percent: bool = False) -> str:
+    """One line per row through its `curve`, named at its end; "" without data. Fractions are shown in percent."""
     marks = [m for m in marks if len(m.curve) > 1]
     if not marks:
         return ""
     right, bottom = WIDTH - 116, HEIGHT - BOTTOM
-    x = Axis([s for m in marks for s, _ in m.curve], LEFT, right, tight=True)
-    y = Axis([v for m in marks for _, v in m.curve], bottom, TOP, log_above=30)
-    parts = [frame(x, y, "step", "training loss" + (" (log)" if y.log else ""), lambda t: f"{t:.10g}", right)]
+    x = Axis([s for m in marks for s, _ in m.curve], LEFT, right, tight=True, log_above=20 if percent else math.inf)
+    y = Axis([v for m in marks for _, v in m.curve], bottom, TOP, unit=0.01 if percent else 1, log_above=30)
+    parts = [frame(x, y, x_title, y_title + " (log)" * y.log, lambda t: f"{t:.10g}" + "%" * percent, right)]
     ends = []
     for mark in sorted(marks, key=lambda m: -m.rank):
         stride = math.ceil(len(mark.curve) / 240)
@@ -293,7 +293,7 @@ def curves(marks: Sequence[Mark]) -> str:
         path = "M" + "L".join(f"{x(s):.1f} {y(v):.1f}" for s, v in points)
         end = (x(points[-1][0]), y(points[-1][1]))
         ends.append((*end, mark))
-        hover = f"{mark.name}: loss {number(points[-1][1])} at step {points[-1][0]:,.0f}"
+        hover = f"{mark.name}: {y_title} {number(points[-1][1])} at {x_title} {points[-1][0]:,.0f}"
         line = tag("path", d=path, class_="curve") + marker(mark, *end)
         parts.append(tag("g", tag("title", escape(hover)) + line, class_=mark.style, data_key=mark.key))
     room = int((bottom - TOP) // 12)
@@ -307,7 +307,7 @@ def curves(marks: Sequence[Mark]) -> str:
         leader = tag("line", x1=px + 6, y1=py, x2=right + 19, y2=at, class_="leader")
         name = text(right + 21, at + 3.5, shorten(mark.name, 15), "label")
         parts.append(tag("g", leader + name, class_=mark.style, data_key=mark.key))
-    return svg("".join(parts), "training loss over steps of the rows in the table above")
+    return svg("".join(parts), f"{y_title} by {x_title} of the rows in the table above")
 
 
 def strip(mark: Mark, seeds: Sequence[float], low: float, high: float) -> str:

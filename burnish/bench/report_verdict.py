@@ -4,9 +4,9 @@
 max_artifact_bytes and max_train_seconds, any of them. A row is {name, task, techniques, quality: {metric,
 mean, spread, seeds}, latency_ms: {mean, std, p50, p95}, tokens_per_second, peak_memory_bytes, artifact_bytes,
 trainable_parameters, trainable_share, train_seconds, energy_joules, status: ok | failed | oom | timeout,
-error, curve: [[step, loss], ...], control}. Any figure may be null. `quality.mean` is a fraction, or a loss
-or a perplexity by its metric's name; `seeds` holds one value per seed and `spread` their standard deviation.
-The base's row is named "base", alone or with more words.
+error, curve: [[step, loss], ...], examples: [[count, mean, spread], ...], control}. Any figure may be null.
+`quality.mean` is a fraction, or a loss or a perplexity by its metric's name; `seeds` holds one value per seed and
+`spread` their standard deviation. The base's row is named "base", alone or with more words.
 
 A row may win its task when it finished, is no control and keeps the budget. Of two rows one beats the other when its
 mean is better by more than the seeds' noise, 2 sqrt(s1^2 / n1 + s2^2 / n2). Rows tie for the lead that no other beats,
@@ -83,6 +83,7 @@ def complete(row: Mapping[str, Any]) -> Row:
         },
         "latency_ms": {key: time.get(key) for key in ("mean", "std", "p50", "p95")},
         "curve": [point for point in row.get("curve") or [] if None not in point],
+        "examples": [point for point in row.get("examples") or [] if None not in point],
     }
 
 

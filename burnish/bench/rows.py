@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from burnish.bench.tasks import Task, majority, target_column
+from burnish.config import coerce
 
 Result = Mapping[str, Any]
 NO_LATENCY = dict.fromkeys(("mean", "std", "p50", "p95"))
@@ -14,13 +15,19 @@ NO_LATENCY = dict.fromkeys(("mean", "std", "p50", "p95"))
 
 @dataclass(frozen=True)
 class RowConfig:
-    """One row: a chain of techniques, trained if anything in it trains. `learning_rate` may differ by task."""
+    """One row: a chain of techniques, trained if anything in it trains.
+
+    `learning_rate` may differ by task; of a list the best on the development rows is taken. `model` is another base
+    than the comparison's, `tasks` the names of those that the row is for (none: all).
+    """
 
     name: str
     techniques: list[Any] = field(default_factory=list)
-    learning_rate: float | dict[str, float] = 0.0
+    learning_rate: float | list[float] | dict[str, Any] = 0.0
     max_steps: int = 0
     train: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
+    tasks: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -44,26 +51,30 @@ def task_cells(rows: list[RowConfig], task: Task, controls: bool) -> list[Cell]:
         own = any("transfer" in item for item in row.techniques)
         return row.techniques if own else head + row.techniques
 
-    cells = [Cell(row, task, chained(row)) for row in rows]
-    trained = next((row for row in rows if learning_rate(row, task.name)), None)
+    cells = [Cell(row, task, chained(row)) for row in rows if not row.tasks or task.name in row.tasks]
+    trained = next((cell.row for cell in cells if learning_rates(cell.row, task.name)), None)
     if controls and trained and target_column(task):
         cells.append(Cell(trained, task, chained(trained), control=True, shuffle=True))
     return cells
 
 
-def learning_rate(row: RowConfig, task: str) -> float:
-    """The row's rate on a task; 0 where it does not train."""
-    if isinstance(row.learning_rate, Mapping):
-        return row.learning_rate.get(task, next(iter(row.learning_rate.values())))
-    return row.learning_rate
+def learning_rates(row: RowConfig, task: str) -> list[float]:
+    """The row's rates to try on a task; none where it does not train. Raises UserError for what is no number."""
+    rates = row.learning_rate
+    if isinstance(rates, Mapping):
+        rates = rates.get(task, next(iter(rates.values()), 0.0))
+    found = coerce(rates, list[float], f"row '{row.name}': learning_rate")
+    return [rate for rate in found if rate]
 
 
-def result_row(cell: Cell, quality: Result, fit: Result, served: Result) -> dict[str, Any]:
-    """A row of results.json from the results of its jobs; the worst status of the three is the row's."""
+def result_row(cell: Cell, quality: Result, fit: Result, served: Result, found: Result) -> dict[str, Any]:
+    """A row of results.json from the results of its jobs; the worst status of the three is the row's. `found` holds
+    its learning rate, the trials that led to it, and its quality by number of training examples."""
     failed = next((r for r in (quality, fit, served) if r["status"] != "ok"), None)
     memory = [part for part in (fit.get("train_memory_bytes"), served.get("inference_memory_bytes")) if part]
     return {
         "name": f"shuffled labels ({cell.row.name})" if cell.control else cell.row.name,
+        "model": cell.row.model,
         "techniques": cell.techniques,
         "task": cell.task.name,
         "quality": quality.get("quality") or empty_quality(cell.task),
@@ -81,6 +92,7 @@ def result_row(cell: Cell, quality: Result, fit: Result, served: Result) -> dict
         "error": failed["error"] if failed else None,
         "curve": quality.get("curve", []),
         "control": cell.control,
+        **found,
     }
 
 

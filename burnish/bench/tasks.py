@@ -26,11 +26,16 @@ Metric = Literal["auto", "exact_match", "accuracy", "rank_classification", "perp
 @dataclass(frozen=True)
 class TaskConfig:
     """A task on the user's own data. With `label_column` it is a classification of one or two `text_columns`;
-    otherwise rows of any format that `burnish tune` takes."""
+    otherwise rows of any format that `burnish tune` takes.
+
+    The split `dev` is what settings are chosen on: `dev_data`, or a part of the training rows as large as
+    `eval_fraction`. `train_rows` and `max_rows` limit the rows to train on, and of both kinds; 0: all.
+    """
 
     name: str
     data: str = ""
     eval_data: str = ""
+    dev_data: str = ""
     eval_fraction: float = 0.2
     metric: Metric = "auto"
     columns: dict[str, str] = field(default_factory=dict)
@@ -38,6 +43,7 @@ class TaskConfig:
     label_column: str = ""
     max_length: int = 512
     max_rows: int = 0
+    train_rows: int = 0
     split: Literal["test", "dev"] = "test"
 
 
@@ -91,10 +97,10 @@ def load_task(config: TaskConfig) -> Task:
     """
     train, test = _rows(config)
     names: list[str] = []
-    if config.data and config.label_column:
+    if config.label_column:
         if not config.text_columns:
             raise UserError(f"task '{config.name}': label_column needs text_columns; columns: {', '.join(train[0])}")
-        have = {str(row[config.label_column]) for row in train if config.label_column in row}
+        have = {str(row[config.label_column]) for row in train + test if config.label_column in row}
         names = sorted(have) or [""]
     metric: str = config.metric
     renamed = rename_columns(test, config.columns, config.name) if config.columns else test
@@ -110,7 +116,8 @@ def load_task(config: TaskConfig) -> Task:
             )
     if (metric == "accuracy") != bool(names):
         raise UserError(f"task '{config.name}': metric {metric} does not go with label_column '{config.label_column}'")
-    return limited(Task(config, metric, train, test, names), config.max_rows)
+    train = some(train, min(config.train_rows or len(train), config.max_rows or len(train)))
+    return Task(config, metric, train, some(test, config.max_rows or len(test)), names)
 
 
 def _rows(config: TaskConfig) -> tuple[list[Row], list[Row]]:
@@ -125,6 +132,10 @@ def _rows(config: TaskConfig) -> tuple[list[Row], list[Row]]:
         test = read_rows(config.eval_data)
     else:
         train, test = split_rows(train, config.eval_fraction, seed=0)
+    if config.split == "dev" and config.dev_data:
+        test = read_rows(config.dev_data)
+    elif config.split == "dev":
+        train, test = split_rows(train, config.eval_fraction, seed=1)
     if not train or not test:
         raise UserError(
             f"task '{config.name}': {len(train)} rows to train on and {len(test)} to test on; give more data"
@@ -132,15 +143,11 @@ def _rows(config: TaskConfig) -> tuple[list[Row], list[Row]]:
     return train, test
 
 
-def limited(task: Task, count: int) -> Task:
-    """The task with at most `count` rows of each kind, drawn with a fixed seed; 0 for all."""
-    if not count:
-        return task
-
-    def some(rows: list[Row]) -> list[Row]:
-        return random.Random(0).sample(rows, min(count, len(rows)))
-
-    return Task(task.config, task.metric, some(task.train), some(task.test), task.label_names)
+def some(rows: list[Row], count: int) -> list[Row]:
+    """`count` of the rows in an order of a fixed seed, so that fewer are the first of more; all in their own order."""
+    if count >= len(rows):
+        return rows
+    return random.Random(0).sample(rows, len(rows))[:count]
 
 
 def target_column(task: Task) -> str | None:

@@ -73,6 +73,43 @@ def test_rows_failures_and_reruns(root, tmp_path, data):
         run(tmp_path, tiny.folder(root, "llama"), [task], rows, seeds=[5])
 
 
+def test_rates_are_tried_on_development_rows_and_examples_give_a_curve(root, tmp_path, data):
+    task = {"name": "mine", "data": data, "eval_fraction": 0.4}
+    tried = {"name": "tried", "techniques": [{"lora": {"r": 2}}], "learning_rate": [1e-9, 0.05], "max_steps": 30}
+    other = {"name": "other", "techniques": ["ia3"], "learning_rate": {"mine": 0.1}, "tasks": ["mine"]}
+    other["model"] = str(tiny.folder(root, "gpt2"))
+    tasks = [task, {"name": "more", "data": data, "metric": "perplexity"}]
+    results, lines = run(tmp_path, tiny.folder(root, "llama"), tasks, [tried, other], examples=[1, 4, 1000])
+    found = {(row["name"], row["task"]): row for row in results["rows"]}
+    assert ("other", "more") not in found and found["other", "mine"]["status"] == "ok"
+    assert sum(" at " in line for line in lines) == 4
+    assert {line.partition("]")[0].partition("/")[2] for line in lines} == {str(len(lines))}
+    perplexities = found["tried", "more"]["trials"]
+    assert perplexities["0.05"] < perplexities["1e-09"] and found["tried", "more"]["learning_rate"] == 0.05
+    row = found["tried", "mine"]
+    assert row["trials"].keys() == {"1e-09", "0.05"} and row["learning_rate"] in (1e-9, 0.05)
+    counts = [n for n, _, _ in row["examples"]]
+    assert counts[:2] == [1, 4] and 4 < counts[2] < 24 and len(counts) == 3
+    assert row["examples"][2][1] == row["quality"]["mean"]
+    jobs = [json.loads(path.read_text()) for path in (tmp_path / "out" / "jobs").glob("*.json")]
+    assert len(jobs) == len(lines)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Quality by number of training examples" in page
+
+
+def test_the_splits_of_a_task_share_no_row(tmp_path):
+    rows = [{"prompt": f"a{i}", "completion": f" b{i}"} for i in range(40)]
+    path, held = write_rows(tmp_path / "x.jsonl", rows), write_rows(tmp_path / "dev.jsonl", rows[:3])
+    test, dev = (load_task(parse_task({"name": "x", "data": path, "split": split})) for split in ("test", "dev"))
+    parts = [[row["prompt"] for row in part] for part in (dev.train, dev.test, test.test)]
+    assert sorted(sum(parts, [])) == sorted(row["prompt"] for row in rows)
+    assert sorted(parts[0] + parts[1]) == sorted(row["prompt"] for row in test.train)
+    given = load_task(parse_task({"name": "x", "data": path, "dev_data": held, "split": "dev"}))
+    assert given.test == rows[:3]
+    few, more = (load_task(parse_task({"name": "x", "data": path, "train_rows": n})) for n in (4, 9))
+    assert few.train == more.train[:4] and len(more.train) == 9 and more.test == test.test
+
+
 def test_a_row_that_runs_out_of_memory_or_time_is_its_own_loss(root, tmp_path, data):
     task = {"name": "mine", "data": data, "eval_data": data}
     rows = [{"name": "base"}]
@@ -98,6 +135,10 @@ def test_classification_on_an_encoder_gets_a_head(root, tmp_path):
     ({"rows": [{"name": "x", "techniques": ["loraa"]}]}, "did you mean 'lora'"),
     ({"rows": [{"name": "x", "tecniques": []}]}, "did you mean 'techniques'"),
     ({"rows": [LORA, LORA]}, "stands twice"),
+    ({"rows": [{"name": "x", "tasks": ["mein"]}]}, "did you mean 'mine'"),
+    ({"rows": [{**LORA, "learning_rate": ["fast"]}]}, "row 'LoRA': learning_rate: expected number"),
+    ({"rows": [{**LORA, "model": "no/such-folder/here"}]}, "no such folder"),
+    ({"seeds": []}, "seeds: give at least one"),
     ({"tasks": [{"name": "x", "data": "nowhere.jsonl"}]}, "nowhere.jsonl"),
     ({"model": "no/such-folder/here"}, "no such folder"),
 ])  # fmt: skip

@@ -29,6 +29,7 @@ def make(name, mean, *, spread=0.01, n=3, memory=500 << 20, latency=10.0, artifa
     row |= {"trainable_parameters": 1000 * trained, "trainable_share": 0.01 * trained}
     row["train_seconds"] = 30.0 if trained else None
     row["curve"] = [[step, 3 / (1 + step / 10)] for step in range(1, 50 * trained)]
+    row["examples"] = [[8, mean and mean / 2, spread], [300, mean, spread]] if trained else []
     return row | more
 
 
@@ -341,7 +342,9 @@ def test_the_table_of_the_page_sorts_with_buttons_and_says_how():
 def test_plots_name_points_apart_and_draw_the_front():
     html = report.page(results(*many(6), base(0.3), make("majority", 0.2, control=True, techniques=[])))
     page = Page(html)
-    assert html.count('class="front"') == 2 and html.count('class="curve"') == 7
+    assert (
+        html.count('class="front"') == 2 and html.count('class="curve"') == 7 + 7
+    )  # loss by step, quality by examples
     assert html.count('class="ring"') == 2
     for name in ("technique_00", "technique_05", "base", "majority"):
         assert f">{name}</text>" in html
