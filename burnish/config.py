@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, g
 
 ALIASES = {"cutoff_len": "max_length", "sequence_len": "max_length"}
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+VARIABLE = re.compile(r"\$\{(\w+)\}")
 LIST_TEXT = re.compile(r"\s*[\[{]|[\w.*/-]+(,[\w.*/-]+)+$")  # `[a, b]` or `a,b`, not a sentence
 TYPE_NAMES = {
     int: "integer",
@@ -71,7 +73,10 @@ def read_config(cls: type[C], path: str | Path | None, overrides: Mapping[str, A
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; {} for an empty one. Raises UserError where there is none."""
+    """The mapping in a YAML file; {} for an empty one. In texts ${NAME} stands for an environment variable.
+
+    Raises UserError where there is no such file, or no such variable.
+    """
     import yaml
 
     try:
@@ -93,7 +98,20 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     for key in keys:
         if keys.count(key) > 1:
             raise UserError(f"{path}: key '{key}' is given twice; remove one")
-    return loaded
+    return {key: _expanded(value, str(path)) for key, value in loaded.items()}
+
+
+def _expanded(value: Any, where: str) -> Any:
+    """The value with ${NAME} in its texts replaced by environment variables."""
+    if isinstance(value, list):
+        return [_expanded(item, where) for item in value]
+    if isinstance(value, dict):
+        return {key: _expanded(item, where) for key, item in value.items()}
+    for name in VARIABLE.findall(value) if isinstance(value, str) else ():
+        if name not in os.environ:
+            raise UserError(f"{where}: ${{{name}}} is not set; export {name}=...")
+        value = value.replace(f"${{{name}}}", os.environ[name])
+    return value
 
 
 def to_mapping(obj: Any) -> Any:

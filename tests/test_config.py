@@ -169,6 +169,16 @@ def test_a_missing_or_binary_file_is_the_users_error(tmp_path: Path) -> None:
         load_yaml(path)
 
 
+def test_texts_may_name_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("data: ${HERE}/a.jsonl\nrows: [{name: '${HERE}-${HERE}', price: $5}]\n")
+    monkeypatch.setenv("HERE", "there")
+    assert load_yaml(path) == {"data": "there/a.jsonl", "rows": [{"name": "there-there", "price": "$5"}]}
+    monkeypatch.delenv("HERE")
+    with pytest.raises(UserError, match=r"x.yaml: \$\{HERE\} is not set; export HERE="):
+        load_yaml(path)
+
+
 def test_an_empty_file_is_an_empty_mapping(tmp_path: Path) -> None:
     assert load_yaml(write(tmp_path, "# nothing\n")) == {}
 

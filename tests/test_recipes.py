@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 
 from burnish.cli import main
+from burnish.config import coerce, load_yaml
 from burnish.store.checkpoint import load
 
 ROOT = Path(__file__).resolve().parents[1]
-TUNED = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml") if path.stem not in ("pebble", "compare"))
+BY_VERB: dict[str, list[str]] = {}
+for path in sorted((ROOT / "recipes").glob("*.yaml")):  # each says in a comment how it is run
+    verb = next(line.split()[2] for line in path.read_text().splitlines() if line.startswith("# burnish "))
+    BY_VERB.setdefault(verb, []).append(path.name)
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +25,7 @@ def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("name", TUNED)
+@pytest.mark.parametrize("name", BY_VERB["tune"])
 def test_tune(tmp_path, capsys, name):
     out = tmp_path / "out"
     assert main(["tune", f"recipes/{name}", "--max-steps", "4", "--output-dir", str(out)]) == 0
@@ -33,17 +38,34 @@ def test_tune(tmp_path, capsys, name):
         assert main(["generate", str(out), "--prompt", "job Odile Kinlow =", "--max-new-tokens", "4"]) == 0
 
 
-def test_pretrain(tmp_path):
+@pytest.mark.parametrize("name", BY_VERB["pretrain"])
+def test_pretrain(tmp_path, name):
     out = tmp_path / "out"
-    words = ["pretrain", "recipes/pebble.yaml", "--documents", "300", "--max-steps", "3", "--no-compile"]
+    words = ["pretrain", f"recipes/{name}", "--documents", "300", "--max-steps", "3", "--no-compile"]
     assert main([*words, "--output-dir", str(out)]) == 0
     model = load(out)
-    assert model.parameter_count() > 6_000_000 and len(model.tokenizer) <= model.spec.vocab_size
+    assert model.parameter_count() > 1_000_000 and len(model.tokenizer) <= model.spec.vocab_size
 
 
-def test_compare(root, tmp_path):
-    words = ["compare", "recipes/compare.yaml", "--model", str(tiny.folder(root, "llama")), "--max-steps", "3"]
-    quick = ["--seeds", "0", "--latency", "{runs: 2, warmups: 1, new_tokens: 2}", "--shape", "2,16", "--no-controls"]
-    assert main([*words, *quick, "--output-dir", str(tmp_path / "out")]) == 0
+@pytest.mark.parametrize("name", BY_VERB["compare"])
+def test_compare(request, root, tmp_path, monkeypatch, name):
+    """Every row of the recipe on every task, on tiny models, with one seed and the first of its learning rates."""
+    decoder, encoder = (str(tiny.folder(root, family)) for family in ("llama", "bert"))
+    monkeypatch.setenv("ENCODER", encoder)
+    if "BURNISH_DATA" in Path("recipes", name).read_text():
+        monkeypatch.setenv("BURNISH_DATA", str(request.getfixturevalue("shared_data")))
+    recipe = load_yaml(f"recipes/{name}")
+    for row in recipe["rows"]:
+        row |= {"model": decoder} if "model" in row else {}
+        row["learning_rate"] = (coerce(row.get("learning_rate", 0), list[float], "row") or [0.0])[0]
+    recipe["model"] = encoder if recipe["model"] == encoder else decoder
+    recipe |= {"max_steps": 2, "seeds": [0], "examples": recipe.get("examples", [])[:1], "controls": False}
+    recipe |= {"latency": {"runs": 1, "warmups": 0, "new_tokens": 1, "prompt_tokens": 4}, "shape": [2, 16]}
+    short = [{"name": task} if isinstance(task, str) else task for task in recipe["tasks"]]
+    recipe["tasks"] = [task | {"max_rows": 8} for task in short]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert main(["compare", str(path), "--output-dir", str(tmp_path / "out")]) == 0
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    assert len(rows) == 6 and {row["status"] for row in rows} == {"ok"}
+    assert [(row["name"], row["task"], row["error"]) for row in rows if row["status"] != "ok"] == []
+    assert len(rows) == len(recipe["rows"]) * len(recipe["tasks"])

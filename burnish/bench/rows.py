@@ -8,6 +8,7 @@ from typing import Any
 
 from burnish.bench.tasks import Task, majority, target_column
 from burnish.config import coerce
+from burnish.engine.procedures.tune import with_head
 
 Result = Mapping[str, Any]
 NO_LATENCY = dict.fromkeys(("mean", "std", "p50", "p95"))
@@ -43,13 +44,9 @@ class Cell:
 
 def task_cells(rows: list[RowConfig], task: Task, controls: bool) -> list[Cell]:
     """Every row on the task, and the controls. A classification begins each chain with a new head."""
-    head: list[Any] = []
-    if task.label_names:
-        head = [{"transfer": {"num_labels": len(task.label_names), "label_names": task.label_names}}]
 
     def chained(row: RowConfig) -> list[Any]:
-        own = any("transfer" in item for item in row.techniques)
-        return row.techniques if own else head + row.techniques
+        return with_head(row.techniques, task.label_names) if task.label_names else row.techniques
 
     cells = [Cell(row, task, chained(row)) for row in rows if not row.tasks or task.name in row.tasks]
     trained = next((cell.row for cell in cells if learning_rates(cell.row, task.name)), None)

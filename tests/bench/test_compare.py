@@ -124,7 +124,11 @@ def test_classification_on_an_encoder_gets_a_head(root, tmp_path):
     rows = [{"one": text, "two": "the cat", "label": label} for text, label in words] * 8
     path = write_rows(tmp_path / "c.jsonl", rows)
     task = {"name": "c", "data": path, "eval_data": path, "text_columns": ["one", "two"], "label_column": "label"}
-    results, _ = run(tmp_path, tiny.folder(root, "bert", "none"), [task], [{"name": "base"}, LORA])
+    upper = {"name": "upper", "techniques": [{"transfer": {"train_layers": 1}}], "learning_rate": 0.01}
+    results, _ = run(tmp_path, tiny.folder(root, "bert", "none"), [task], [{"name": "base"}, LORA, upper])
+    assert results["rows"][2]["techniques"] == [
+        {"transfer": {"num_labels": 2, "label_names": ["no", "yes"], "train_layers": 1}}
+    ]
     found = {row["name"]: row for row in results["rows"]}
     assert found["LoRA"]["status"] == "ok" and found["LoRA"]["quality"]["metric"] == "accuracy"
     assert found["LoRA"]["latency_ms"]["mean"] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -44,6 +45,15 @@ class TuneConfig(TrainConfig):
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
 
 
+def with_head(techniques: Sequence[Any], names: list[str]) -> list[Any]:
+    """The chain with a new head for the classes: its own `transfer`, told their number and names, or one before it."""
+    head = {"num_labels": len(names), "label_names": names}
+    chained = [{item: None} if isinstance(item, str) else dict(item) for item in techniques]
+    if not any("transfer" in item for item in chained):
+        return [{"transfer": head}, *techniques]
+    return [item | {"transfer": head | (item["transfer"] or {})} if "transfer" in item else item for item in chained]
+
+
 def run(config: TuneConfig) -> int:
     """Train; `output_dir` gets the checkpoints while it runs, the adapted model or adapter, and the resolved config."""
     if config.output_dir is None:
@@ -60,8 +70,7 @@ def run(config: TuneConfig) -> int:
     names: list[str] = []
     if config.label_column:
         names = sorted({str(row.get(config.label_column, "")) for row in rows})
-        if not any("transfer" in item for item in techniques):
-            techniques.insert(0, {"transfer": {"num_labels": len(names), "label_names": names}})
+        techniques = with_head(techniques, names)
     chain.parse_chain(techniques)
     check_memory(folder, [techniques], config.per_device_train_batch_size, config.max_length)
 
