@@ -32,6 +32,7 @@ TECHNIQUES = {
     "prompt_tuning": "burnish.tune.prompt_tuning",
     "p_tuning": "burnish.tune.p_tuning",
     "prefix_tuning": "burnish.tune.prefix_tuning",
+    "p_tuning_v2": "burnish.tune.p_tuning_v2",
     "int8": "burnish.compress.int8",
     "nf4": "burnish.compress.nf4",
     "magnitude": "burnish.compress.magnitude",
@@ -152,13 +153,15 @@ def forward(model: Model, batch: Mapping[str, Tensor], cache: KVCache | None = N
                 embeds = embed(embeds, batch[f"{side}slots"])
         return embeds
 
-    source = {}
+    source: dict[str, Any] = {}
     if "source_input_ids" in batch:
         source = {"source_embeds": embedded("source_"), "source_mask": batch["source_attention_mask"]}
     prefix = None
     if cache is None or cache.length == 0:
         for initial_cache in hooks(model, "initial_cache"):
             prefix = initial_cache(batch)
+    if source and prefix is not None and prefix.source is not None:
+        source["source_prefix"] = prefix.source
     if cache is not None and prefix is not None:
         cache.load(prefix)
         prefix = None

@@ -174,6 +174,10 @@ def prefix_encoder(net: Network) -> set[str]:
     return {f"techniques.prefix_tuning.{name}" for name in {"embedding.weight"} | mlp}
 
 
+def projected_prefix(net: Network) -> set[str]:
+    return {name.replace("prefix_tuning", "p_tuning_v2") for name in prefix_encoder(net)}
+
+
 ROWS = {
     "full": Row("base", everything),
     "transfer": Row("hidden", new_head),
@@ -185,6 +189,9 @@ ROWS = {
     "prompt_tuning": Row("soft", lambda net: {"techniques.prompt_tuning.embedding"}, {"num_virtual_tokens": 4}),
     "p_tuning": Row("soft", prompt_encoder, {"template": "[P*2] {prompt} [P*2]"}),
     "prefix_tuning": Row("soft", prefix_encoder, {"num_virtual_tokens": 4, "encoder_hidden_size": 16}),
+    "p_tuning_v2": Row(
+        "soft", projected_prefix, {"num_virtual_tokens": 4, "prefix_projection": True, "encoder_hidden_size": 16}
+    ),
     "int8": Row("weights", nothing, trained_with="lora"),
     "nf4": Row("weights", nothing, trained_with="lora"),
     "magnitude": Row("weights", nothing, trained_with="full"),
@@ -196,7 +203,14 @@ SEQ2SEQ = {name for name, family in FAMILIES.items() if family.constants["kind"]
 COUNTING = {*FOREIGN_PAIRS}
 
 LIMITS = (
-    Limit(REFUSED, "keeps no key-value cache to put a prefix into", {"prefix_tuning"}, ENCODERS | COUNTING | {"mamba"}),
+    Limit(REFUSED, "keeps no key-value cache to put a prefix into", {"prefix_tuning"}, ENCODERS),
+    Limit(
+        REFUSED,
+        "keeps no key-value cache to put a prefix into",
+        {"prefix_tuning", "p_tuning_v2"},
+        COUNTING | {"mamba"},
+    ),
+    Limit(REFUSED, "encoder, run by transformers, takes no prefix", {"p_tuning_v2"}, {*FOREIGN_ENCODERS}),
     Limit(REFUSED, "no attention output projection is known", {"adapters"}, {"mamba"}),
     Limit(REFUSED, "no key projection is known", {"ia3"}, {"mamba"}),
     Limit(REFUSED, "model continues no text", {"choice_loss"}, ENCODERS),

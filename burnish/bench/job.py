@@ -58,12 +58,14 @@ def quality(job: Job) -> dict[str, Any]:
     for seed in seeds:
         torch.manual_seed(seed)
         model = load(job["model"], device=device.pick_device(), techniques=job["techniques"])
-        chain.apply(model, job["techniques"], Context(seed=seed))
+        examples = []
+        if job["train"] is not None:
+            examples = task.encode(model, shuffled(task, seed) if job.get("shuffle") else task.train)
+        chain.apply(model, job["techniques"], Context(seed=seed, examples=examples))
         result = result or parameters(model)
         if job["train"] is not None:
-            rows = shuffled(task, seed) if job.get("shuffle") else task.train
             settings = from_mapping(TrainConfig, {**job["train"], "seed": seed}, "row")
-            done = train(model, task.encode(model, rows), settings)
+            done = train(model, examples, settings)
             seconds.append(done.seconds)
             curves.append(done.losses)
             chain.finalize(model)
@@ -85,17 +87,19 @@ def fit(job: Job) -> dict[str, Any]:
     before = device.resident_memory()
     device.reset_peak_memory()
     model = load(job["model"], device=device.pick_device(), techniques=job["techniques"])
-    chain.apply(model, job["techniques"])
     result: dict[str, Any] = {"train_memory_bytes": None}
-    if model.trainable() and job["train"] is not None:
-        rows, tokens = job["shape"]
+    examples: list[Example] = []
+    rows, tokens = job["shape"]
+    if job["train"] is not None:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(5, model.spec.vocab_size, (2 * rows, tokens), generator=generator).tolist()
-        label = 0 if model.spec.head == "classification" else None
+        label = 0 if model.spec.head == "classification" or chain.exchanges_head(job["techniques"]) else None
         fields = {"prompt": "", "completion": ""}
         known = tokens // 2 if model.spec.paired else 1
         plain = [Example(row, [-100] * known + row[known:], dict(fields), label=label) for row in ids]
         examples = [replace(example, choices=[example]) for example in plain]  # for a loss that compares two
+    chain.apply(model, job["techniques"], Context(examples=examples))
+    if model.trainable() and examples:
         settings = {**job["train"], "max_steps": 2, "per_device_train_batch_size": rows, "logging_steps": 1}
         began = time.perf_counter()
         train(model, examples, from_mapping(TrainConfig, settings, "row"))

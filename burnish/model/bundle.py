@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from burnish.model.example import Example
 from burnish.model.families import FAMILIES
 from burnish.model.linear import Weight
 from burnish.model.network import Network
@@ -37,10 +38,11 @@ class Link:
 
 @dataclass
 class Context:
-    """What `apply` may use: batches for calibration, a seed."""
+    """What `apply` may use: batches for calibration, a seed, the examples to train on as the data gave them."""
 
     batches: Sequence[dict[str, Tensor]] = ()
     seed: int = 0
+    examples: Sequence[Example] = ()
 
 
 @dataclass

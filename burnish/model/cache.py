@@ -20,12 +20,14 @@ class Prefix:
     """Learnt keys and values of P positions; `keys` and `values` are (layers, 1, kv_heads, P, head_dim).
 
     `lengths` (B, T) tells how many of the last P positions each token may see, which lets rows (and the documents of
-    a packed row) use prefixes of different length; None means all P. Positions of the tokens start after it.
+    a packed row) use prefixes of different length; None means all P. Positions of the tokens start after it. `source`
+    stands before an encoder-decoder's source.
     """
 
     keys: Tensor
     values: Tensor
     lengths: Tensor | None = None
+    source: Prefix | None = None
 
     @property
     def size(self) -> int:
@@ -85,6 +87,10 @@ class KVCache:
         self.keys[layer, :, :, start : self.length] = keys
         self.values[layer, :, :, start : self.length] = values
         return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
+
+    def as_prefix(self) -> Prefix:
+        """What a cache of one row holds, to stand before others."""
+        return Prefix(self.keys[:, :, :, : self.length], self.values[:, :, :, : self.length])
 
     def select(self, rows: Tensor) -> None:
         """Keep or reorder rows: `rows` (B',) indexes the batch dimension."""

@@ -45,6 +45,10 @@ class Cache(KVCache):
         for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
             self.states.update(keys.expand(rows), values.expand(rows), layer)
 
+    def as_prefix(self) -> Prefix:
+        keys, values = ([getattr(layer, name) for layer in self.states.layers] for name in ("keys", "values"))
+        return Prefix(torch.stack(keys), torch.stack(values))
+
     def select(self, rows: Tensor) -> None:
         super().select(rows)
         self.states.reorder_cache(rows)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from burnish.model.attention import Attention, Frame
-from burnish.model.cache import KVCache
+from burnish.model.cache import KVCache, Prefix
 from burnish.model.norm import norm
 from burnish.model.spec import Spec
 from burnish.model.transformer import Layer, Transformer
@@ -103,14 +103,15 @@ class Seq2Seq(Transformer):
         *,
         source_embeds: Tensor | None = None,
         source_mask: Tensor | None = None,
+        source_prefix: Prefix | None = None,
         inputs_embeds: Tensor | None = None,
         cache: KVCache | None = None,
         **given: Any,
     ) -> Tensor:
         """Hidden states (B, T, hidden) of T new target tokens, or of the source where there is no decoder.
 
-        source_embeds (B, S, hidden) and source_mask (B, S), its real tokens, are the whole source; a filled cache
-        holds it already. The other arguments are the `Transformer`'s, of the target.
+        source_embeds (B, S, hidden) and source_mask (B, S), its real tokens, are the whole source, after
+        `source_prefix`; a filled cache holds it already. The other arguments are the `Transformer`'s, of the target.
         """
         if self.decoder is None:
             return super().forward(input_ids, inputs_embeds=inputs_embeds, cache=cache, **given)
@@ -118,7 +119,7 @@ class Seq2Seq(Transformer):
         if source_embeds is None:
             source = cache.source  # type: ignore[union-attr]
         else:
-            states = super().forward(inputs_embeds=source_embeds, attention_mask=source_mask)
+            states = super().forward(inputs_embeds=source_embeds, attention_mask=source_mask, prefix=source_prefix)
             mask = None if source_mask is None or bool(source_mask.all()) else source_mask[:, None, None].bool()
             source = Source(states, mask, kept=cache is not None)
             if cache is not None:

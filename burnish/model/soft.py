@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from burnish.config import UserError
 from burnish.model.example import IGNORE, Example
 from burnish.model.network import Network
 
@@ -14,6 +16,14 @@ from burnish.model.network import Network
 def first_slot(net: Network) -> int:
     """The first slot number that no technique of the network uses yet."""
     return sum(getattr(module, "num_slots", 0) for module in net.techniques.values())
+
+
+def repeated(tokenizer: Any, text: str, count: int, where: str) -> Tensor:
+    """(count,) ids of a text, repeated or cut to length. Raises UserError for one without a token."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError(f"{where}: init_text is empty; give it some words")
+    return torch.tensor([ids[i % len(ids)] for i in range(count)])
 
 
 def insert(example: Example, at: int, slots: list[int]) -> Example:

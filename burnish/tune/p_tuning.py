@@ -4,15 +4,16 @@
 
 The encoder (embedding, two-layer bidirectional LSTM with half the hidden size per direction, two-layer MLP) makes the
 pseudo tokens depend on each other; the language model is frozen. After training `finalize` keeps only the encoder's
-output embeddings. Source: "GPT Understands, Too" (arXiv 2103.10385), section 3.2. Limits: for small models a plain
-embedding ends close to the LSTM (`encoder: embedding`), and it lengthens the input by the pseudo tokens.
+output embeddings. Source: "GPT Understands, Too" (arXiv 2103.10385), section 3.2; on SuperGLUE (section 4.2) the model
+trains with the prompts: [full, p_tuning]. Limits: for small models a plain embedding ends close to the LSTM
+(`encoder: embedding`), and it lengthens the input by the pseudo tokens.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +24,19 @@ from burnish.model.bundle import Context, Model
 from burnish.model.example import IGNORE, Example
 
 NAME = "p_tuning"
+MASK = "[MASK]"
 PART = re.compile(r"\[P(?:\*(\d+))?\]|\{(\w+)\}")
 
 
 @dataclass(frozen=True)
 class Config:
     """`template`: [P*n] is n pseudo tokens, {prompt} the example's prompt, {column} a column's text, the rest literal
-    text; the completion follows. In a template for a masked language model [MASK] takes the completion's place."""
+    text; the completion follows. In a template for a masked language model [MASK] takes the completion's place.
+    `learning_rate`: the prompt encoder's own, 0 for the run's."""
 
     template: str = "[P*3] {prompt} [P*3]"
     encoder: Literal["lstm", "mlp", "embedding"] = "lstm"
+    learning_rate: float = 0.0
     finalized: bool = False
 
 
@@ -75,11 +79,17 @@ def state(model: Model) -> PromptEncoder:
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:
-    """Add the prompt encoder. Raises UserError for a template without pseudo tokens or without a column."""
+    """Add the prompt encoder. Raises UserError for a template without pseudo tokens or a column, or with a mask that
+    the model does not have."""
     found = parts(config.template)
     for kind, need in (("soft", "[P*3]"), ("field", "{prompt}")):
         if not any(k == kind for k, _ in found):
             raise UserError(f"technique '{NAME}': template '{config.template}' has no {need}; add it where it belongs")
+    if MASK in config.template and not getattr(model.tokenizer, "mask_token", None):
+        what = f"a {model.spec.family} {model.spec.kind} has no such token and writes its answer at the end"
+        raise UserError(f"technique '{NAME}': template '{config.template}' has {MASK}: {what}; leave it away")
+    if config.learning_rate < 0:
+        raise UserError(f"technique '{NAME}': learning_rate is {config.learning_rate}; give 0 or more")
     if config.encoder == "lstm" and model.net.embed_tokens.embedding_dim % 2:
         raise UserError(f"technique '{NAME}': the LSTM needs embeddings of an even size; choose encoder: mlp")
     with torch.random.fork_rng(devices=[]):
@@ -120,16 +130,22 @@ def encode(model: Model, config: Config, example: Example) -> Example:
         if value == "prompt":
             new, new_slots = example.ids[:start], example.slots[:start] if example.slots else None
         else:
-            text = str(value) if kind == "text" else column(example, str(value))
+            text = str(value).replace(MASK, mask or MASK) if kind == "text" else column(example, str(value))
             new, new_slots = model.tokenizer(text, add_special_tokens=False)["input_ids"], None
         new_labels = [IGNORE] * len(new)
-        if kind == "text" and mask and mask in str(value):
+        if kind == "text" and mask and mask in text:
             at = new.index(model.tokenizer.mask_token_id)
             new = new[:at] + [model.tokenizer.mask_token_id] * len(target) + new[at + 1 :]
             new_labels = new_labels[:at] + target + new_labels[at + 1 :]
             masked = True
         ids, labels, slots = ids + new, labels + new_labels, slots + (new_slots or [-1] * len(new))
     if not masked:
+        asked = [(x, y) for x, y in zip(target, example.labels[start:], strict=True) if y != IGNORE]
+        if model.spec.head == "masked_lm" and asked and all(x == y for x, y in asked):
+            raise UserError(
+                f"technique '{NAME}': template '{config.template}' shows the model the answer that it is to give; "
+                f"write {MASK} where the answer belongs"
+            )
         ids, labels = ids + target, labels + example.labels[start:]
         slots += example.slots[start:] if example.slots else [-1] * len(target)
     types = None if example.token_types is None else [0] * len(ids)
@@ -150,6 +166,14 @@ def column(example: Example, name: str) -> str:
 def embed(model: Model, config: Config, embeds: Tensor, slots: Tensor) -> Tensor:
     encoder = state(model)
     return soft.fill(embeds, slots, encoder(), encoder.first)
+
+
+def parameter_groups(model: Model, config: Config, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    if not config.learning_rate:
+        return []
+    own = list(state(model).parameters())
+    groups = [(weight_decay, [p for p in own if p.ndim > 1]), (0.0, [p for p in own if p.ndim <= 1])]
+    return [{"params": part, "lr": config.learning_rate, "weight_decay": decay} for decay, part in groups]
 
 
 def finalize(model: Model, config: Config) -> Config:

@@ -3,14 +3,16 @@
     [P_1 .. P_n, e(x_1) .. e(x_T)]
 
 Source: "The Power of Scale for Parameter-Efficient Prompt Tuning" (arXiv 2104.08691), sections 2 and 3.2 (start from
-sampled vocabulary, or from uniform noise in [-0.5, 0.5]). Limits: it lengthens the input by n tokens, and lags full
+sampled vocabulary, from uniform noise in [-0.5, 0.5], or from the class words: one pseudo token each, the mean of a
+word's tokens, and sampled vocabulary after them). Limits: it lengthens the input by n tokens, and lags full
 tuning on small models. On an encoder that classifies by its first token the pseudo tokens stand after it, so that [CLS]
 stays first; of an encoder-decoder they are in the encoder's input (section 2).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import torch
@@ -19,18 +21,20 @@ from torch import Tensor, nn
 from burnish.config import UserError
 from burnish.model import soft
 from burnish.model.bundle import Context, Model
-from burnish.model.example import Example
+from burnish.model.example import IGNORE, Example
 
 NAME = "prompt_tuning"
 
 
 @dataclass(frozen=True)
 class Config:
-    """`init_text` starts from the embeddings of these words (repeated or cut to length) when init is "text"."""
+    """`init` "text": the embeddings of the words of `init_text`, repeated or cut to length; "labels": of `init_labels`,
+    else of the classes' names, or of the training data's answers, the most frequent first."""
 
     num_virtual_tokens: int = 20
-    init: Literal["vocabulary", "random", "text"] = "vocabulary"
+    init: Literal["vocabulary", "random", "text", "labels"] = "vocabulary"
     init_text: str = ""
+    init_labels: list[str] = field(default_factory=list)
 
 
 class SoftPrompt(nn.Module):
@@ -52,23 +56,37 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     if config.num_virtual_tokens < 1:
         raise UserError(f"technique '{NAME}': num_virtual_tokens is {config.num_virtual_tokens}; at least 1 is needed")
     rebuild(model, config)
-    prompt = state(model)
-    rows = torch.empty(0, dtype=torch.long)
+    table = state(model).embedding
     generator = torch.Generator().manual_seed(context.seed)
     count = config.num_virtual_tokens
     with torch.no_grad():
         if config.init == "random":
-            prompt.embedding.copy_(torch.rand(prompt.embedding.shape, generator=generator) - 0.5)
-        elif config.init == "vocabulary":
-            rows = torch.randint(model.spec.vocab_size, (count,), generator=generator)
-        else:
-            ids = model.tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
-            if not ids:
-                raise UserError(f"technique '{NAME}': init is 'text' and init_text is empty; give init_text some words")
-            rows = torch.tensor([ids[i % len(ids)] for i in range(count)])
-        if len(rows):
-            prompt.embedding.copy_(model.net.embed(rows.to(model.device)))
+            table.copy_(torch.rand(table.shape, generator=generator) - 0.5)
+            return config
+        rows = torch.randint(model.spec.vocab_size, (count,), generator=generator)
+        if config.init == "text":
+            rows = soft.repeated(model.tokenizer, config.init_text, count, f"technique '{NAME}'")
+        table.copy_(model.net.embed(rows.to(model.device)))
+        for row, word in enumerate(class_words(model, config, context)[:count] if config.init == "labels" else ()):
+            table[row] = model.net.embed(torch.tensor(word, device=model.device)).float().mean(0)
     return config
+
+
+def class_words(model: Model, config: Config, context: Context) -> list[list[int]]:
+    """The ids of every class word. Raises UserError where neither the config nor the data has one."""
+    names = config.init_labels
+    if not names and model.spec.head == "classification":
+        names = list(model.hf_config.get("id2label", {}).values())
+    if names:
+        words = [model.tokenizer(name, add_special_tokens=False)["input_ids"] for name in names]
+    else:
+        skipped = {IGNORE, *(model.tokenizer.all_special_ids if context.examples else ())}
+        answers = Counter(tuple(x for x in example.labels if x not in skipped) for example in context.examples)
+        words = [list(answer) for answer, _ in answers.most_common()]
+    words = [word for word in words if word]
+    if not words:
+        raise UserError(f"technique '{NAME}': init is 'labels' and no class word is known; list them in init_labels")
+    return words
 
 
 def rebuild(model: Model, config: Config) -> None:

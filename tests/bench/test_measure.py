@@ -10,6 +10,7 @@ import tiny_foreign
 import torch
 
 import burnish
+from burnish.bench.job import fit, quality
 from burnish.bench.latency import LatencyConfig, latency
 from burnish.bench.measure import answered, measure, ranked
 from burnish.bench.tasks import load_task, parse_task
@@ -117,3 +118,29 @@ def test_rank_classification_from_the_command_line(root, tmp_path, capsys):
     path.write_text(json.dumps({**row, "choices": [" red", " no"]}) + "\n" + json.dumps(row) + "\n")
     assert main([*verb, "--data", str(path)]) == 2
     assert "test row 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("classified", [False, True])
+def test_techniques_see_the_rows_that_they_train_on(root, tmp_path, classified):
+    """A prompt that starts from the class words finds them, in every job."""
+    rows = [{"prompt": "the cat", "completion": word, "word": word} for word in ("yes", "no", "yes")]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"name": "mine", "data": str(data), "eval_data": str(data)}
+    head: list = []
+    if classified:
+        task |= {"text_columns": ["prompt"], "label_column": "word"}
+        head = [{"transfer": {"num_labels": 2, "label_names": ["no", "yes"]}}]
+    techniques = [*head, {"prompt_tuning": {"num_virtual_tokens": 2, "init": "labels"}}]
+    common = {"model": str(tiny.folder(root, "llama")), "techniques": techniques, "train": {"max_steps": 1}}
+    assert quality({**common, "task": task, "seeds": [0]})["quality"]["seeds"]
+    assert fit({**common, "shape": [2, 8], "artifact": str(tmp_path / "fit")})["train_memory_bytes"] >= 0
+    given = ["--model", common["model"], "--data", str(data), "--output-dir", str(tmp_path / "tuned")]
+    given += ["--techniques", json.dumps(techniques), "--max-steps", "1", "--learning-rate", "1e-30"]
+    given += ["--text-columns", "[prompt]", "--label-column", "word"] if classified else []
+    assert main(["tune", *given]) == 0
+    words = ["no", "yes"] if classified else ["yes", "no"]
+    model = burnish.load(tmp_path / "tuned")
+    ids = torch.tensor([6 + tiny.WORDS.index(word) for word in words])
+    prompt = model.net.techniques["prompt_tuning"].embedding
+    torch.testing.assert_close(prompt.detach(), model.net.embed_tokens(ids).detach())

@@ -114,10 +114,22 @@ def test_a_prompt_alone_gets_its_pseudo_tokens(root):
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_rows_from_data_go_through(root, family):
-    model = tuned(root, family, "{place} [P*2] {prompt} [P*2]")
+    model = tuned(root, family, "{place} [P*2] {prompt} [P*2]" + (" [MASK]" if family == "bert" else ""))
     rows = [{"prompt": "the cat", "completion": "runs", "place": "rome"}]
     (encoded,) = encode(model, encode_rows(rows, model.tokenizer, 32))
     assert shown(encoded).startswith("rome P0 P1") and "(runs)" in shown(encoded)
+
+
+def test_a_masked_language_model_must_not_see_its_answer(root):
+    """Rows that are masked already need no [MASK] in the template; a classifier's have no answer in words."""
+    model = tuned(root, "bert", "[P*2] {prompt} answer :")
+    with pytest.raises(UserError, match=r"'\[P\*2\] {prompt} answer :' shows the model the answer.*write \[MASK\]"):
+        encode(model, [example("the cat ?", "yes")])
+    masked = Example(ids("[CLS] the [MASK] runs [SEP]"), [IGNORE, IGNORE, *ids("cat"), IGNORE, IGNORE])
+    assert shown(encode(model, [masked])[0]) == "P0 P1 [CLS] the answer : [MASK](cat) runs [SEP]"
+    model = chain.apply(load(tiny.folder(root, "bert")), ["transfer", {"p_tuning": {"template": "[P*2] {prompt}"}}])
+    (encoded,) = encode(model, [Example(ids("[CLS] the cat [SEP]"), [IGNORE] * 4, label=1)])
+    assert shown(encoded) == "P0 P1 [CLS] the cat [SEP]"
 
 
 def test_a_missing_column_names_those_there_are(root):
@@ -134,6 +146,8 @@ def test_a_missing_column_names_those_there_are(root):
         ({"template": "answer {prompt}"}, r"has no \[P\*3\]"),
         ({"template": "[P*3] answer"}, r"has no \{prompt\}"),
         ({"encoder": "gru"}, "encoder"),
+        ({"template": "[P*3] {prompt} [MASK]"}, r"has \[MASK\]: a llama decoder has no such token"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0; give 0 or more"),
     ],
 )
 def test_a_template_that_cannot_work_is_refused(root, options, reason):
@@ -181,5 +195,29 @@ def test_two_soft_prompts_do_not_share_slots(root, tmp_path):
     )
     (encoded,) = encode(model, [example("the cat", "runs")])
     assert shown(encoded) == "P0 P1 P2 the cat P3 P4 runs(runs)"
+    want = logits(model)
+    torch.testing.assert_close(logits(burnish.load(save(model, tmp_path))), want, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_the_model_trains_with_its_prompts_at_a_rate_of_their_own(root, tmp_path, order):
+    """[full, p_tuning], as on SuperGLUE (section 4.2)."""
+
+    def moved(**options) -> tuple[Model, dict[str, torch.Tensor]]:
+        soft = {"p_tuning": {"template": "[P*2] {prompt} [P*2]", **options}}
+        model = chain.apply(load(tiny.folder(root, "llama")), ["full", soft][:: -1 if order else 1], Context(seed=2))
+        before = {name: p.detach().clone() for name, p in model.trainable().items()}
+        rate = TrainConfig(max_steps=1, learning_rate=1e-3, lr_scheduler_type="constant")
+        train(model, [example("the cat", "runs <eos>")], rate)
+        return model, {name: (p.detach() - before[name]).abs() for name, p in model.trainable().items()}
+
+    model, one = moved()
+    _, both = moved(learning_rate=1e-2)
+    own = {name for name in one if name.startswith("techniques.p_tuning.")}
+    assert len(own) == 21 and set(one) > own
+    assert all(change.max() > 0 for change in both.values())
+    for name in one:  # Adam's first step has the size of the rate
+        largest = 1e-2 if name in own else 1e-3
+        assert one[name].max() == pytest.approx(1e-3, rel=0.02) and both[name].max() == pytest.approx(largest, rel=0.02)
     want = logits(model)
     torch.testing.assert_close(logits(burnish.load(save(model, tmp_path))), want, atol=0, rtol=0)

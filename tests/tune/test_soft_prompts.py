@@ -16,7 +16,7 @@ from burnish.engine.order import encode
 from burnish.model.cache import KVCache
 from burnish.model.example import IGNORE, Example
 from burnish.store.batch import collate
-from burnish.store.checkpoint import load
+from burnish.store.checkpoint import load, save
 
 IDS = torch.randint(6, 80, (2, 7), generator=torch.Generator().manual_seed(3))
 CLOSE = {"atol": 1e-4, "rtol": 0}
@@ -113,7 +113,61 @@ def test_prompts_start_as_configured(root):
         start(init="text")
 
 
-@pytest.mark.parametrize("name", ["prompt_tuning", "prefix_tuning"])
+def test_a_prompt_starts_from_the_class_words(root):
+    """One pseudo token a class, the mean of its tokens, the most frequent answer first; then sampled vocabulary."""
+
+    def start(*before, examples=(), **options) -> torch.Tensor:
+        options = {"num_virtual_tokens": 4, "init": "labels", **options}
+        model = load(tiny.folder(root, "llama"))
+        chain.apply(model, [*before, {"prompt_tuning": options}], Context(seed=1, examples=examples))
+        return model.net.techniques["prompt_tuning"].embedding.detach()
+
+    table = load(tiny.folder(root, "llama")).net.embed_tokens.weight.detach()
+    yes, no, cat = (table[6 + tiny.WORDS.index(word)] for word in ("yes", "no", "cat"))
+    found = start(init_labels=["no", "yes cat"])
+    torch.testing.assert_close(found[:2], torch.stack((no, (yes + cat) / 2)))
+    assert all((table == row).all(1).any() for row in found[2:])
+    assert torch.equal(start(init_labels=["no"] * 9), no.expand(4, -1))
+    head = {"transfer": {"num_labels": 2, "label_names": ["no", "yes"]}}
+    assert torch.equal(start(head)[:2], torch.stack((no, yes)))
+    ids = [6 + tiny.WORDS.index(word) for word in ("the", "no", "yes")]
+    answers = [Example([ids[0], ids[i], 1], [IGNORE, ids[i], 1]) for i in (1, 2, 2)]  # ended by the end token
+    assert torch.equal(start(examples=answers)[:2], torch.stack((yes, no)))
+    with pytest.raises(UserError, match="no class word is known; list them in init_labels"):
+        start()
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("family", tiny.DECODERS)
+def test_a_prefix_starts_as_real_words_before_the_text(tmp_path, family, projection):
+    wide = {"sliding_window": 16} if tiny.CONFIGS[family][1].get("sliding_window") else {}
+    reference = tiny.reference(family, **wide)
+    options = {"num_virtual_tokens": 3, "init_text": "the red cat", "prefix_projection": projection}
+    model = chain.apply(load(tiny.write(tmp_path, reference)), {"prefix_tuning": options}, Context(seed=4))
+    words = torch.tensor([6 + tiny.WORDS.index(word) for word in ("the", "red", "cat")]).expand(2, -1)
+    with torch.no_grad():
+        want = reference(torch.cat((words, IDS), dim=1)).logits[:, 3:]
+    torch.testing.assert_close(logits(model), want, **CLOSE)
+    with torch.no_grad():
+        for parameter in model.trainable().values():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(6))
+    moved = logits(model)
+    assert not torch.allclose(moved, want, atol=1e-3)
+    torch.testing.assert_close(logits(load(save(model, tmp_path / "saved"))), moved, atol=0, rtol=0)
+    torch.testing.assert_close(logits(chain.finalize(model)), moved, **CLOSE)
+    torch.testing.assert_close(logits(load(save(model, tmp_path / "final"))), moved, **CLOSE)
+
+
+def test_a_prefix_from_words_needs_one_stack_and_words(root):
+    with pytest.raises(UserError, match="init_text is for models of one stack"):
+        chain.apply(load(tiny.folder(root, "t5")), {"prefix_tuning": {"init_text": "the cat"}})
+    model = chain.apply(load(tiny.folder(root, "llama")), {"prefix_tuning": {"init_text": "the cat"}})
+    assert model.net.techniques["prefix_tuning"]().shape[0] == 5  # the text is repeated
+    with pytest.raises(UserError, match="the model has a prefix already"):
+        chain.apply(model, "p_tuning_v2")
+
+
+@pytest.mark.parametrize("name", ["prompt_tuning", "prefix_tuning", "p_tuning_v2"])
 def test_an_empty_soft_prompt_is_refused(root, name):
     with pytest.raises(UserError, match="num_virtual_tokens is 0; at least 1 is needed"):
         chain.apply(load(tiny.folder(root, "llama")), {name: {"num_virtual_tokens": 0}})

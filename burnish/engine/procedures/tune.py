@@ -86,7 +86,7 @@ def run(config: TuneConfig) -> int:
 
     examples, held_examples = encoded(rows, config.data), encoded(held, config.eval_data or config.data) if held else []
     torch.manual_seed(config.seed)
-    chain.apply(model, techniques, Context(seed=config.seed))
+    chain.apply(model, techniques, Context(seed=config.seed, examples=examples))
     count, total = sum(p.numel() for p in model.trainable().values()), model.parameter_count()
     print(f"{len(examples)} examples; {count:,} of {total:,} parameters train ({count / total:.2%})")
     settings = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
