@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 PUBLIC = {
     "load": "burnish.store.checkpoint",
     "apply": "burnish.chain",
+    "merge": "burnish.chain",
+    "unmerge": "burnish.chain",
     "train": "burnish.engine.train",
     "generate": "burnish.engine.generate",
     "measure": "burnish.bench.measure",

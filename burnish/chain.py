@@ -127,15 +127,63 @@ def finalize(model: Model) -> Model:
     return model
 
 
-def merge(model: Model) -> list[str]:
-    """Fold every technique that can be folded into the base weights; returns one note per merged technique."""
+def merge(model: Model, keep: bool = False) -> list[str]:
+    """Fold every technique that can be folded into the base weights; returns one note per merged technique.
+
+    With `keep` the weights that it changes are copied first, so that `unmerge` can give them back. Raises UserError
+    where a technique is a collection's, which changes a state of its own in merging.
+    """
+    foreign = [link.name for link in model.chain if ":" in link.name]
+    if keep and foreign:
+        raise UserError(f"merge: '{foreign[0]}' cannot be taken out again; leave keep away")
+    before = Unmerged(model) if keep else None
     notes = []
     for link in list(model.chain):
         hook = getattr(technique(link.name), "merge", None)
         if hook is not None:
             notes.append(hook(model, link.config))
             model.chain.remove(link)
+    model.merged = (before, list(model.chain)) if before is not None else None
     return notes
+
+
+def unmerge(model: Model) -> Model:
+    """Undo `merge(model, keep=True)`, to the last bit. Changes and returns `model`.
+
+    Raises UserError where nothing was kept, and for a chain that was changed since.
+    """
+    if model.merged is None:
+        raise UserError("unmerge: nothing was kept to go back to; merge with keep=True")
+    before, after = model.merged
+    if model.chain != after:
+        raise UserError("unmerge: techniques were applied since the merge; undo it before them")
+    before.restore(model)
+    model.merged = None
+    return model
+
+
+class Unmerged:
+    """A model as it is: its modules, its chain, and copies of the weights that wrappers stand around."""
+
+    def __init__(self, model: Model):
+        modules = dict(model.net.named_modules())
+        self.modules = [(module, dict(module._modules)) for module in modules.values()]
+        bases = [module for path, module in modules.items() if path.endswith(".base")]
+        changing = {p for base in bases for p in base.parameters() if p.is_floating_point()}
+        self.weights = [(parameter, parameter.detach().clone()) for parameter in changing]
+        self.trains = [(parameter, parameter.requires_grad) for parameter in model.net.parameters()]
+        self.chain, self.identity = [Link(link.name, link.config) for link in model.chain], model.identity
+
+    @torch.no_grad()
+    def restore(self, model: Model) -> None:
+        for module, children in self.modules:
+            module._modules.clear()
+            module._modules.update(children)
+        for parameter, weight in self.weights:
+            parameter.copy_(weight)
+        for parameter, trains in self.trains:
+            parameter.requires_grad_(trains)
+        model.chain, model.identity = self.chain, self.identity
 
 
 def forward(model: Model, batch: Mapping[str, Tensor], cache: KVCache | None = None) -> Tensor:

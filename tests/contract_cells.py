@@ -39,13 +39,14 @@ class Row:
     `start`: the outputs after `apply` are the base's ("base"), the hidden states are ("hidden"), they are those of
     the base with the stored weights ("weights"), or they are the base's where a row has no virtual token ("soft").
     `trains`: names of the trainable parameters. `trained_with`: what trains it in the resume cell, where it has no
-    trainable parameter of its own.
+    trainable parameter of its own. `technique`: whose options make the row, where it is not the row's name.
     """
 
     start: Literal["base", "hidden", "weights", "soft"]
     trains: Callable[[Network], set[str]]
     options: Mapping[str, Any] = field(default_factory=dict)
     trained_with: str = ""
+    technique: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,13 @@ def low_rank(net: Network) -> set[str]:
     return {f"{path}.lora_{letter}" for path in projection_paths(net) for letter in "AB"}
 
 
+def low_rank_with_lengths(net: Network) -> set[str]:
+    """DoRA's, and the projections' biases."""
+    lengths = {f"{path}.lora_magnitude_vector" for path in projection_paths(net)}
+    biases = {f"{path}.base.bias" for path in projection_paths(net)}
+    return low_rank(net) | lengths | {name for name, _ in net.named_parameters() if name in biases}
+
+
 def bottlenecks(net: Network) -> set[str]:
     """The adapters of Houlsby et al., and the norms of the body."""
     outputs = re.compile(r".*(o_proj|out_proj|fc_out|fc2|down_proj|output\.dense)")
@@ -183,6 +191,12 @@ ROWS = {
     "transfer": Row("hidden", new_head),
     "adapters": Row("base", bottlenecks, {"size": 4}),
     "lora": Row("base", low_rank, {"r": 4, "target_modules": "all-linear"}),
+    "lora: use_dora": Row(
+        "base",
+        low_rank_with_lengths,
+        {"r": 4, "target_modules": "all-linear", "use_dora": True, "bias": "lora_only"},
+        technique="lora",
+    ),
     "ia3": Row("base", vectors),
     "choice_loss": Row("base", nothing, trained_with="lora"),
     "peft:ia3": Row("base", scaled, {"target_modules": SCALED, "feedforward_modules": []}),

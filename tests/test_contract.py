@@ -45,7 +45,11 @@ class Case:
 
     @property
     def spec(self) -> TechniqueSpec:
-        return {self.technique: ROWS[self.technique].options}
+        return {self.name: ROWS[self.technique].options}
+
+    @property
+    def name(self) -> str:
+        return ROWS[self.technique].technique or self.technique
 
     def base(self, *before: TechniqueSpec, head: Head | None = None) -> Model:
         model = load(self.folder, head=head)
@@ -174,7 +178,7 @@ def check_saving(model: Model, examples: list[Example], folder: Path) -> Model:
 
 
 def check_finalize(case: Case, *before: TechniqueSpec) -> None:
-    if not hasattr(chain.technique(case.technique), "finalize"):
+    if not hasattr(chain.technique(case.name), "finalize"):
         return
     model = disturb(case.model(*before))
     examples = case.documents(model)
@@ -186,13 +190,13 @@ def check_finalize(case: Case, *before: TechniqueSpec) -> None:
 
 
 def check_merge(case: Case, *before: TechniqueSpec) -> None:
-    if not hasattr(chain.technique(case.technique), "merge"):
+    if not hasattr(chain.technique(case.name), "merge"):
         return
     model = disturb(case.model(*before))
     examples = case.documents(model)
     want = alone(model, examples)
     assert len(chain.merge(model)) == 1
-    assert case.technique not in [link.name for link in model.chain] and not model.trainable()
+    assert case.name not in [link.name for link in model.chain] and not model.trainable()
     close = {"atol": 0.1, "rtol": 0.05} if before else {}  # a quantised weight becomes bfloat16
     assert_close(alone(model, examples), want, **close)
     again = check_saving(model, examples, case.scratch / "merged")

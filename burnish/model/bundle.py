@@ -51,7 +51,8 @@ class Model:
 
     `path` names the base so that it can be found again: a hub id, "pebble", or an absolute folder.
 
-    `identity` is the SHA-256 of the base checkpoint's weights, "" for a model that was never on disk.
+    `identity` is the SHA-256 of the base checkpoint's weights, "" for a model that was never on disk. `merged` is what
+    undoes a merge, where it was kept.
     """
 
     net: Network
@@ -61,6 +62,7 @@ class Model:
     identity: str = ""
     generation_config: dict[str, Any] = field(default_factory=dict)
     chain: list[Link] = field(default_factory=list)
+    merged: Any = None
 
     @property
     def spec(self) -> Spec:

@@ -64,9 +64,11 @@ def load(
     """
     folder = resolve(source)
     saved = read_json(folder / "burnish.json") if (folder / "burnish.json").exists() else {}
+    adapter = None
     if (folder / "adapter_config.json").exists():
-        chain, extras, base_name = adapters.read(folder, saved.get("chain", []))
-        source = based_on(folder, {"base": base_name, **saved})
+        adapter = adapters.read(folder, saved.get("chain", []))
+        source = based_on(folder, {"base": adapter.record.get("base_model_name_or_path"), **saved})
+        chain, extras = adapter.saved, adapter.tensors
     else:
         chain = saved.get("chain", [])
         extras = read_folder(folder, "burnish") if (folder / "burnish.safetensors").exists() else {}
@@ -81,12 +83,12 @@ def load(
     quantised = base == folder and not (folder / "model.safetensors").exists() and bool(extras)
     entries = {} if quantised else read_folder(base)
     spec = read_spec(hf_config, head, {*entries, *extras})
-    if spec.paired and not chain and chains.exchanges_head(techniques):
+    if spec.paired and not chain and adapter is None and chains.exchanges_head(techniques):
         spec = read_spec(hf_config, "none", {*entries, *extras})
     with torch.device("meta"):
         model = Model(build(spec, hf_config), None, hf_config, path=origin(source))
-        if (folder / "adapter_config.json").exists():
-            extras = adapters.rebuild(model, chain, extras)
+        if adapter is not None:
+            extras = adapters.rebuild(model, adapter)
         else:
             chains.rebuild(model, chain)
     held = None if quantised else model.net.read_converted(base)
@@ -182,7 +184,7 @@ def fill(
             if not drawn:  # again by its technique, from the seed in its config
                 problems.append(f"missing {key}")
             continue
-        transposed = key not in extras and native in layout.transposed
+        transposed = native not in extras and native in layout.transposed
         shape = tuple(tensors[name].shape)[:: -1 if transposed else 1]
         if entry.shape != shape:
             problems.append(f"{key} has shape {list(entry.shape)} where {list(shape)} is needed")
@@ -196,7 +198,7 @@ def fill(
             kind = dtype or kind
         plan[name] = (entry, transposed, kind)
     used = {entry for entry, _, _ in plan.values()}
-    replaced = {foreign for native, foreign in stored_names(model).values() if native in extras}
+    replaced = {foreign for native, foreign in stored_names(model).values() if native in extras or foreign in extras}
     for key, entry in [*entries.items(), *extras.items()]:
         known = key in layout.spare or key in replaced or any(re.search(pattern, key) for pattern in layout.ignored)
         if entry not in used and not known:

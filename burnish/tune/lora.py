@@ -5,13 +5,24 @@
 so that training starts at the base's outputs. Source: LoRA (arXiv 2106.09685), section 4.1; alpha / sqrt(r) with
 `use_rslora` from rsLoRA (arXiv 2312.03732). The wrapped projection may have any `Weight`. A and B are kept in
 float32 and applied in the activations' dtype, without a copy of the activations in float32.
+
+`use_dora` trains the length of every row of the sum as well (DoRA, arXiv 2402.09353, equation 5):
+
+    y = m (W + V) x / ||W + V||,    V = (alpha / r) B A,    m = ||W|| at the start
+
+with the norm taken for a constant in the gradient (section 4.3). Options have peft's names and meaning. Biases and
+`modules_to_save` train in place and are saved with the adapter, as peft saves them. Limit: a matrix that is shared, as
+a tied head's is, is not saved as one of two; peft:lora gives it a copy of its own.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +31,8 @@ from torch.autograd.function import once_differentiable
 
 from burnish.config import UserError
 from burnish.model.bundle import Context, Model
-from burnish.model.linear import Linear, by_tokens, is_flat
+from burnish.model.linear import Dense, Linear, Weight, by_tokens, is_flat
+from burnish.model.network import Network
 from burnish.model.surgery import replace as put
 from burnish.model.surgery import select
 from burnish.tune.folding import fold
@@ -29,13 +41,28 @@ from burnish.tune.folding import fold
 @dataclass(frozen=True)
 class Config:
     """`target_modules`: names in burnish's or Hugging Face's words, "all-linear", or a regular expression over whole
-    paths; None for the family's query and value projections (section 4.2)."""
+    paths; None for the family's query and value projections (section 4.2).
+
+    `bias`: which biases of the base train. `modules_to_save`: ends of names of modules that train whole, such as
+    lm_head or norm. `rank_pattern` and `alpha_pattern`: other r and lora_alpha by a regular expression over the ends of
+    names.
+    """
 
     r: int = 8
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
     target_modules: list[str] | str | None = None
     use_rslora: bool = False
+    use_dora: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def of(self, path: str) -> Config:
+        """The config of one projection, the patterns being resolved to paths."""
+        r, alpha = self.rank_pattern.get(path, self.r), self.alpha_pattern.get(path, self.lora_alpha)
+        return replace(self, r=r, lora_alpha=alpha)
 
     @property
     def scaling(self) -> float:
@@ -94,25 +121,150 @@ class LoRALinear(nn.Module):
         """The correction as a matrix (out, in), float32."""
         return self.scaling * (self.lora_B @ self.lora_A)
 
+    def folded(self, weight: Tensor) -> Tensor:
+        """weight (out, in), float32, with the correction in it."""
+        return weight + self.delta()
+
+
+class DoRALinear(LoRALinear):
+    """A `Linear`, its low-rank correction, and the lengths of the rows of their sum.
+
+    `known` is the norm in evaluation, for as long as nothing changes.
+    """
+
+    known: tuple[Any, Tensor] | None
+
+    def __init__(self, base: Linear, config: Config):
+        if not isinstance(base, Linear):
+            raise UserError("technique 'lora': use_dora needs the bare projection; put lora before what is around it")
+        super().__init__(base, config)
+        self.lora_magnitude_vector = nn.Parameter(torch.ones(base.out_features, device=self.lora_A.device))
+
+    def train(self, mode: bool = True) -> DoRALinear:
+        self.known = None
+        return super().train(mode)
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """(out,) lengths of the rows of the weight with its correction, float32; a constant for the gradient."""
+        if self.training or torch.compiler.is_compiling():  # torch's fused optimisers leave `_version` as it is
+            return self.folded_norm()
+        parts = (*self.base.weight.parameters(), self.lora_A, self.lora_B)
+        state = [(part.data_ptr(), part._version) for part in parts]
+        if self.known is None or self.known[0] != state:
+            self.known = state, self.folded_norm()
+        return self.known[1]
+
+    def folded_norm(self) -> Tensor:
+        return (self.base.weight.dequantize().float() + self.delta()).norm(dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.foreign and not is_flat(x):
+            return by_tokens(self, x)
+        scale = (self.lora_magnitude_vector / self.norm()).to(x.dtype)
+        if self.dropout and self.training:  # the scale then changes what the dropped input gives
+            dropped = F.dropout(x, self.dropout, True)
+            plain, low = self.base(dropped), dropped @ self.lora_A.to(x.dtype).t()
+            summed = torch.addmm(plain, low, self.lora_B.to(x.dtype).t(), alpha=self.scaling)
+            y = self.base(x) - plain + scale * summed
+        else:
+            y = scale * super().forward(x)
+        return y if self.base.bias is None else y + (1 - scale) * self.base.bias.to(x.dtype)
+
+    def folded(self, weight: Tensor) -> Tensor:
+        summed = super().folded(weight)
+        return summed * (self.lora_magnitude_vector / summed.norm(dim=1))[:, None]
+
 
 def apply(model: Model, config: Config, context: Context) -> Config:
-    """Wrap the targets; the resolved config lists their paths."""
-    if config.r < 1:
-        raise UserError(f"technique 'lora': r is {config.r}; it must be at least 1")
-    targets = config.target_modules or list(model.net.layout.lora_targets)
-    config = replace(config, target_modules=sorted(path for path, _ in select(model.net, targets)))
+    """Wrap the targets; the resolved config lists their paths, and those of the saved modules."""
+    ranks = {"r": config.r, **{f"rank_pattern: {name}": rank for name, rank in config.rank_pattern.items()}}
+    for name, rank in ranks.items():
+        if rank < 1:
+            raise UserError(f"technique 'lora': {name} is {rank}; it must be at least 1")
+    saved = saved_modules(model.net, config.modules_to_save or [])
+    chosen = select(model.net, config.target_modules or list(model.net.layout.lora_targets))
+    paths = sorted(path for path, _ in chosen if path not in saved)
+    patterns: dict[str, Any] = {}
+    for option in ("rank_pattern", "alpha_pattern"):
+        given = getattr(config, option)
+        for key in given:
+            if not by_path({key: 0}, model.net, paths):
+                raise UserError(f"technique 'lora': {option}: '{key}' matches none of target_modules")
+        patterns[option] = by_path(given, model.net, paths)
+    config = replace(config, target_modules=paths, modules_to_save=saved or None, **patterns)
     rebuild(model, config)
     generator = torch.Generator().manual_seed(context.seed)
-    for layer in layers(model).values():
-        bound = 1 / math.sqrt(layer.base.in_features)
-        with torch.no_grad():
+    with torch.no_grad():
+        for layer in layers(model).values():
+            bound = 1 / math.sqrt(layer.base.in_features)
             layer.lora_A.copy_(torch.empty(layer.lora_A.shape).normal_(0, bound, generator=generator))
+            if isinstance(layer, DoRALinear):
+                layer.lora_magnitude_vector.copy_(layer.norm())
     return config
 
 
 def rebuild(model: Model, config: Config) -> None:
+    kind = DoRALinear if config.use_dora else LoRALinear
     for path in config.target_modules or ():
-        put(model.net, path, lambda base: LoRALinear(base, config), "lora")  # type: ignore[arg-type]
+        put(model.net, path, lambda base, path=path: kind(base, config.of(path)), "lora")  # type: ignore[misc]
+    for part in base_parameters(model, config):
+        part.requires_grad_(True)
+
+
+def base_parameters(model: Model, config: Config) -> list[nn.Parameter]:
+    """The parameters of the base that train: those of saved modules, and biases."""
+    net = model.net
+    found = [p for path in config.modules_to_save or () for p in net.get_submodule(path).parameters()]
+    if config.bias == "all":
+        return found + [p for name, p in net.named_parameters() if name.endswith(".bias")]
+    wrapped = [layer.base.bias for layer in layers(model).values() if config.bias == "lora_only"]
+    return found + [bias for bias in wrapped if bias is not None]
+
+
+def by_path(pattern: Mapping[str, Any], net: Network, paths: Sequence[str]) -> dict[str, Any]:
+    """A pattern's values by path; a key is a regular expression over the end of a path in either vocabulary, and the
+    first that matches counts."""
+    found: dict[str, Any] = {}
+    for path in paths:
+        names = (path, net.layout.modules.get(path, path))
+        hits = [key for key in pattern if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names)]
+        if hits:
+            found[path] = pattern[hits[0]]
+    return found
+
+
+def saved_modules(net: Network, names: Sequence[str]) -> list[str]:
+    """The paths of the modules below those whose names, in either vocabulary, end with one of `names`, as peft reads
+    modules_to_save. Raises UserError for a name that ends none, and for a matrix that is shared or quantised."""
+    native = {path: module for path, module in net.named_modules() if path in net.layout.modules}
+    found: list[str] = []
+    for name in names:
+        hits = [path for path in native if any(ends(full, name) for full in (path, net.layout.modules[path]))]
+        if not hits:
+            raise UserError(f"technique 'lora': modules_to_save: '{name}' is no module of this {net.spec.family} model")
+        found += hits
+    for path in found:
+        if shared(net, path):
+            raise UserError(
+                f"technique 'lora': modules_to_save: '{path}' shares its matrix with another module, which would "
+                "train too; leave it away"
+            )
+        if any(isinstance(part, Weight) and not isinstance(part, Dense) for part in native[path].modules()):
+            raise UserError(f"technique 'lora': modules_to_save: '{path}' is stored quantised and cannot train")
+    return sorted(set(found))
+
+
+def ends(path: str, name: str) -> bool:
+    """Whether the path of a module, or of one that it is in, ends with `name`."""
+    parts = path.split(".")
+    return any(".".join(parts[: count + 1]).endswith(name) for count in range(len(parts)))
+
+
+def shared(net: Network, path: str) -> bool:
+    """Whether a module's parameters are another's too, as those of a tied head are."""
+    owners = Counter(id(parameter) for _, parameter in net.named_parameters(remove_duplicate=False))
+    return any(owners[id(parameter)] > 1 for parameter in net.get_submodule(path).parameters())
 
 
 def layers(model: Model) -> dict[str, LoRALinear]:
@@ -122,4 +274,6 @@ def layers(model: Model) -> dict[str, LoRALinear]:
 
 def merge(model: Model, config: Config) -> str:
     """Add the corrections to the weights; a quantised weight becomes dense first, and the note says so."""
-    return fold(model, "lora", layers(model), lambda layer, weight: weight + layer.delta())
+    for part in base_parameters(model, config):
+        part.requires_grad_(False)
+    return fold(model, "lora", layers(model), lambda layer, weight: layer.folded(weight))

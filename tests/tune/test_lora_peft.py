@@ -156,8 +156,9 @@ def test_a_narrow_adapter_is_kept_in_float32(root, tmp_path, dtype):
     [
         ({"peft_type": "IA33"}, "adapter_config.json: .*'peft:ia33' is unknown .did you mean 'peft:ia3'"),
         ({"peft_type": "P_TUNING"}, "use 'p_tuning', burnish's own"),
-        ({"bias": "all"}, "bias: all is not supported"),
-        ({"use_dora": True, "new_option": 3}, "new_option: unknown key"),
+        ({"bias": "some"}, "bias: expected one of 'none', 'all', 'lora_only', found 'some'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa is not supported"),
+        ({"new_option": 3}, "new_option: unknown key"),
         ({"use_dora": True}, "missing .*lora_magnitude_vector"),
         ({"base_model_name_or_path": None}, "names no base model"),
     ],
@@ -173,11 +174,7 @@ def test_what_does_not_run_here_is_refused(root, tmp_path, changes, reason):
 @pytest.mark.parametrize(
     "options",
     [
-        {"use_dora": True},
-        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
         {"lora_bias": True},
-        {"modules_to_save": ["lm_head"]},
-        {"layers_to_transform": [1]},
         {"target_modules": ["q_proj", "embed_tokens"]},
         {"trainable_token_indices": [7, 9]},
     ],
