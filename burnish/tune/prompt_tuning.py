@@ -80,7 +80,9 @@ def class_words(model: Model, config: Config, context: Context) -> list[list[int
     if names:
         words = [model.tokenizer(name, add_special_tokens=False)["input_ids"] for name in names]
     else:
-        skipped = {IGNORE, *(model.tokenizer.all_special_ids if context.examples else ())}
+        skipped = {IGNORE}
+        if context.examples:
+            skipped |= set(model.tokenizer.all_special_ids) - {model.tokenizer.unk_token_id}
         answers = Counter(tuple(x for x in example.labels if x not in skipped) for example in context.examples)
         words = [list(answer) for answer, _ in answers.most_common()]
     words = [word for word in words if word]
