@@ -90,6 +90,8 @@ def apply(model: Model, techniques: Sequence[TechniqueSpec] | TechniqueSpec, con
     if not model.chain:
         model.net.requires_grad_(False)
     for name, config in parse_chain(techniques):
+        if model.net.fixed:
+            raise UserError(f"technique '{name}': {model.net.fixed}")
         if any(link.name == name for link in model.chain):
             raise UserError(f"techniques: '{name}' is already applied to this model")
         resolved = technique(name).apply(model, config, context or Context())

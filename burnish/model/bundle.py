@@ -13,6 +13,7 @@ from burnish.model.example import Example
 from burnish.model.families import FAMILIES
 from burnish.model.linear import Weight
 from burnish.model.network import Network
+from burnish.model.ngram import NGram
 from burnish.model.seq2seq import Seq2Seq
 from burnish.model.spec import Spec
 from burnish.model.transformer import Transformer
@@ -22,6 +23,8 @@ def build(spec: Spec, hf_config: dict[str, Any]) -> Network:
     """The network of a spec that `read_spec` gave: the native one, or transformers' own."""
     if spec.family in FAMILIES:
         return Seq2Seq(spec) if spec.paired else Transformer(spec)
+    if spec.family == "ngram":
+        return NGram(spec, hf_config["entries"])
     from burnish.model.fallback import Foreign
     from burnish.model.fallback_pair import ForeignPair
 

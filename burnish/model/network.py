@@ -40,11 +40,12 @@ class Layout:
 class Network(nn.Module):
     """Hidden states by `forward`, logits by `logits`; techniques change it from outside.
 
-    Each of `body` begins the paths of the layers' projections.
+    Each of `body` begins the paths of the layers' projections. `fixed` says why techniques do not apply, if so.
     """
 
     spec: Spec
     body: tuple[str, ...]
+    fixed = ""
     techniques: nn.ModuleDict
     compute_dtype: torch.dtype | None
     gradient_checkpointing: bool

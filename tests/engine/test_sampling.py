@@ -51,6 +51,33 @@ def test_repetition_penalty(penalty):
     assert torch.equal(sampling.repetition_penalty(logits(), seen, penalty), want)
 
 
+@pytest.mark.parametrize("scale", [0.5, 3.0, 30.0])
+@pytest.mark.parametrize("p", [0.01, 0.2, 0.9, 1.0])
+def test_min_p_and_typical(p, scale):
+    given = logits(scale=scale)
+    assert torch.equal(sampling.min_p(given, p), theirs.MinPLogitsWarper(p)(None, given))
+    if p < 1:
+        for some in (given, sampling.top_k(given, 20)):
+            assert torch.equal(sampling.typical_p(some, p), theirs.TypicalLogitsWarper(p)(None, some))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_no_repeat_ngram(size):
+    ids = torch.randint(0, 5, (5, 40), generator=torch.Generator().manual_seed(2))
+    for length in (1, 2, 3, 40):
+        want = theirs.NoRepeatNGramLogitsProcessor(size)(ids[:, :length], logits())
+        assert torch.equal(sampling.no_repeat_ngram(logits(), ids[:, :length].tolist(), size), want)
+
+
+def test_count_penalty():
+    counts = torch.zeros(5, 97)
+    counts[0, 3], counts[2, 96] = 2, 1
+    want = logits()
+    want[0, 3] -= 0.5 + 2 * 0.25
+    want[2, 96] -= 0.5 + 0.25
+    assert torch.allclose(sampling.count_penalty(logits(), counts, 0.5, 0.25), want)
+
+
 def test_warp_is_temperature_then_top_k_then_top_p():
     want = theirs.TemperatureLogitsWarper(0.6)(None, logits())
     want = theirs.TopKLogitsWarper(20)(None, want)

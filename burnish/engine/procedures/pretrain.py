@@ -15,6 +15,7 @@ from burnish.engine.settings import TrainConfig
 from burnish.engine.train import train
 from burnish.model.bundle import Model
 from burnish.model.families import read_spec
+from burnish.model.ngram import NGram, count
 from burnish.model.transformer import Transformer
 from burnish.store.checkpoint import save
 from burnish.store.data import encode_rows
@@ -23,15 +24,19 @@ from burnish.store.tensors import write_json
 from burnish.store.tokenizer import train_tokenizer
 
 TOKENIZER_ROWS = 40_000
+NGRAM = {"vocab_size": 4096, "order": 5, "architectures": ["NGramForCausalLM"]}
 
 
 @dataclass(frozen=True)
 class PretrainConfig(TrainConfig):
-    """A training run, and the model that it starts: `model` is the new model's config.json as a mapping."""
+    """A training run, and the model that it starts: `model` is the new model's config.json as a mapping, or "ngram" for
+    an n-gram model, which counts instead of training."""
 
     positional: ClassVar[str] = "data"
     data: str = field(default="world", metadata={"help": "a file or hub id of text, or 'world', the embedded corpus"})
-    model: dict[str, Any] = field(default_factory=dict, metadata={"help": "the new model's config.json"})
+    model: dict[str, Any] | str = field(
+        default_factory=dict, metadata={"help": "the new model's config.json, or ngram"}
+    )
     documents: int = field(default=0, metadata={"help": "documents taken from the data; 0: all (needed for 'world')"})
     packing: bool = field(default=True, metadata={"help": "several documents in one row; they do not see each other"})
     bf16: bool = field(default=True, metadata={"help": "compute in bfloat16 (in float32 on a CPU without it)"})
@@ -51,7 +56,7 @@ def rows_of(config: PretrainConfig) -> list[dict[str, Any]]:
 
 
 def new_model(hf_config: dict[str, Any], rows: list[dict[str, Any]], seed: int) -> Model:
-    """A random network of the given config with a tokenizer trained on the rows."""
+    """A random network of the given config, or no counts yet, with a tokenizer trained on the rows."""
     if "vocab_size" not in hf_config:
         raise UserError("model: vocab_size is missing; it sizes the tokenizer and the embedding")
     import torch
@@ -65,6 +70,8 @@ def new_model(hf_config: dict[str, Any], rows: list[dict[str, Any]], seed: int) 
         raise UserError("model: pretraining starts decoders and encoders; an encoder-decoder can be tuned")
     if len(tokenizer) > spec.vocab_size:
         raise UserError(f"model: vocab_size {spec.vocab_size} is less than the tokenizer's {len(tokenizer)} tokens")
+    if spec.family == "ngram":
+        return Model(NGram(spec, [0] * (spec.hidden_size)), tokenizer, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Model(Transformer(spec).initialize(), tokenizer, config)
@@ -88,7 +95,8 @@ def run(config: PretrainConfig) -> int:
     if config.output_dir is None:
         raise UserError("output_dir: pretraining needs a folder for its checkpoints and the model")
     rows = rows_of(config)
-    model = new_model(config.model, rows, config.seed)
+    hf_config = {"model_type": config.model, **NGRAM} if isinstance(config.model, str) else config.model
+    model = new_model(hf_config, rows, config.seed)
     kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}  # a corpus may mix texts and conversations
     for row in rows:
         kinds.setdefault(tuple(row), []).append(row)
@@ -97,12 +105,21 @@ def run(config: PretrainConfig) -> int:
         for kind in kinds.values()
         for example in encode_rows(kind, model.tokenizer, config.max_length, train_on="all", where=config.data)
     ]
+    if isinstance(model.net, NGram):
+        model.net = count(model.spec, (example.ids for example in examples))
+        model.hf_config["entries"] = [len(keys) for keys in model.net.keys]
+        return saved(model, config, f"{sum(model.hf_config['entries'])} n-grams")
     chain.apply(model, ["full"])
     options = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
     result = train(model, examples, from_mapping(TrainConfig, options, "pretrain"), progress=Terminal())
     model.net.to(torch.bfloat16)
     model.chain.clear()  # a pretrained model is a base: nothing was applied to it
-    save(model, Path(config.output_dir))
-    write_json(to_mapping(config), Path(config.output_dir) / "pretrain.json")
-    print(f"{result.steps} steps, {result.tokens} tokens, {result.seconds:.0f} s; saved to {config.output_dir}")
+    return saved(model, config, f"{result.steps} steps, {result.tokens} tokens, {result.seconds:.0f} s")
+
+
+def saved(model: Model, config: PretrainConfig, said: str) -> int:
+    """Save the model with the settings that made it, and say so; 0."""
+    folder = save(model, config.output_dir or Path())
+    write_json(to_mapping(config), folder / "pretrain.json")
+    print(f"{said}; saved to {folder}")
     return 0

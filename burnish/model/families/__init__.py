@@ -18,6 +18,7 @@ from burnish.model.families.gpt import BLOOM, FALCON, GPT2, GPT_NEOX, MPT, OPT
 from burnish.model.families.llama import GEMMA2, GEMMA3, LLAMA, MISTRAL, QWEN2, QWEN3
 from burnish.model.families.t5 import MT5, T5
 from burnish.model.network import Layout
+from burnish.model.ngram import ngram_spec
 from burnish.model.positions import inverse_frequencies
 from burnish.model.spec import Head, Spec
 
@@ -38,6 +39,8 @@ def read_spec(config: Config, head: Head | None = None, stored: Collection[str] 
     """
     name = str(config.get("model_type", ""))
     family = FAMILIES.get(name)
+    if name == "ngram":
+        return ngram_spec(config)
     if family is None:
         from burnish.model.foreign import foreign_spec
 
