@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 PUBLIC = {
     "load": "burnish.store.checkpoint",
+    "load_adapters": "burnish.store.mixed",
     "apply": "burnish.chain",
     "merge": "burnish.chain",
     "unmerge": "burnish.chain",

@@ -193,7 +193,15 @@ def forward(model: Model, batch: Mapping[str, Tensor], cache: KVCache | None = N
 
     With an empty cache the prefix is loaded into it; with a filled one the batch continues it. Pseudo tokens that all
     rows begin with are computed once, where no cache is filled. Of a batch with sources the states are the targets'.
+    Where adapters are loaded under names, each row goes through its own: `adapter_ids` (B,), or the active one.
     """
+    if model.adapters is None:
+        return _states(model, batch, cache)
+    with model.adapters.routed(batch):
+        return _states(model, batch, cache)
+
+
+def _states(model: Model, batch: Mapping[str, Tensor], cache: KVCache | None) -> Tensor:
     net = model.net
 
     def embedded(side: str) -> Tensor:
@@ -225,7 +233,8 @@ def forward(model: Model, batch: Mapping[str, Tensor], cache: KVCache | None = N
         "token_type_ids": batch.get("token_type_ids"),
     }
     embeds = embedded("")
-    shared = soft.leading(batch["slots"]) if "slots" in batch and len(embeds) > 1 else 0
+    alike = "slots" in batch and len(embeds) > 1 and model.adapters is None
+    shared = soft.leading(batch["slots"]) if alike else 0
     if shared and cache is None and prefix is None and not packed:
         recorded = net.record(embeds[:1, :shared])
         if recorded is not None:  # computed once for all rows

@@ -99,19 +99,28 @@ class Piece(NamedTuple):
 
 
 def generate(
-    model: Model, prompts: Sequence[Prompt], config: GenerationConfig = GenerationConfig()
+    model: Model,
+    prompts: Sequence[Prompt],
+    config: GenerationConfig = GenerationConfig(),
+    adapters: Sequence[str | None] | None = None,
 ) -> list[Generation]:
     """The continuations of the prompts, in their order. Arguments and errors as `stream`'s."""
-    done = {piece.row: piece.done for piece in stream(model, prompts, config) if piece.done}
+    done = {piece.row: piece.done for piece in stream(model, prompts, config, adapters) if piece.done}
     return [done[row] for row in range(len(prompts))]
 
 
-def stream(model: Model, prompts: Sequence[Prompt], config: GenerationConfig = GenerationConfig()) -> Iterator[Piece]:
+def stream(
+    model: Model,
+    prompts: Sequence[Prompt],
+    config: GenerationConfig = GenerationConfig(),
+    adapters: Sequence[str | None] | None = None,
+) -> Iterator[Piece]:
     """Every token as it comes, `config.batch_size` prompts at a time, those of like length together.
 
     A prompt is a text, a list of messages for the chat template, or an `Example`, of which the part before its
     first label is continued, or is an encoder-decoder's source. A model without a tokenizer takes examples and gives
-    no text. The model is in evaluation mode until the iterator ends or is closed.
+    no text. `adapters` names each prompt's adapter of those loaded, None for the bare base; without it all take the
+    active one. The model is in evaluation mode until the iterator ends or is closed.
 
     Raises UserError, before the first token, for a model without a decoder or a language-model head, for a
     prompt that cannot be encoded or is empty, and where learned positions do not reach.
@@ -124,12 +133,14 @@ def stream(model: Model, prompts: Sequence[Prompt], config: GenerationConfig = G
         )
     if isinstance(prompts, str):
         raise UserError("prompts: a list of prompts is needed, not one text; put it in brackets")
+    chosen = _adapter_ids(model, len(prompts), adapters)
     examples = encode(model, [_example(model, prompt) for prompt in prompts])
     ends = _ends(model, config.stop)
     copies: Counter[tuple[int, ...]] = Counter()
     rows = []
     for index, example in enumerate(examples):
         row = _Row(index, example, model, config, copies)
+        row.adapter = chosen[index]
         if not example.ids:
             raise UserError(f"prompt {index + 1} is empty; write something")
         rows.append(row)
@@ -138,6 +149,17 @@ def stream(model: Model, prompts: Sequence[Prompt], config: GenerationConfig = G
     if rows and spec.positions == "learned":
         _check_positions(model, rows[-1], config)
     return _run(model, groups, config, ends)
+
+
+def _adapter_ids(model: Model, count: int, adapters: Sequence[str | None] | None) -> list[int]:
+    """The number of each prompt's adapter. Raises UserError for a name that is not loaded, or a wrong count."""
+    if adapters is None:
+        return [-1 if model.adapters is None else model.adapters.chosen] * count
+    if model.adapters is None:
+        raise UserError("adapters: none is loaded under a name; load_adapters does that")
+    if isinstance(adapters, str) or len(adapters) != count:
+        raise UserError(f"adapters: a list of {count} names is needed, one a prompt, None for the bare base")
+    return [model.adapters.number(name) for name in adapters]
 
 
 def eos_ids(model: Model) -> set[int]:
@@ -260,6 +282,7 @@ class _Row:
         self.ids: list[int] = []
         self.texts: list[str] = []
         self.done: Generation | None = None
+        self.adapter = -1
 
     def push(self, token: int, ends: Mapping[int, FinishReason]) -> Piece:
         self.ids.append(token)
@@ -281,8 +304,15 @@ def _batch(model: Model, rows: Sequence[_Row]) -> tuple[dict[str, Tensor], int]:
     """The prompts as a batch on the model's device, which ends with them, and the length of the prefix before it."""
     side = "right" if model.spec.paired else "left"  # targets begin with one token each
     batch = collated(model, [row.example for row in rows], side)
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    batch = {name: tensor.to(model.device) for name, tensor in (batch | _routes(model, rows)).items()}
     return batch, max((hook(batch).size for hook in chain.hooks(model, "initial_cache")), default=0)
+
+
+def _routes(model: Model, rows: Sequence[_Row]) -> dict[str, Tensor]:
+    """The rows' adapters, where there are any."""
+    return (
+        {} if model.adapters is None else {"adapter_ids": torch.tensor([r.adapter for r in rows], device=model.device)}
+    )
 
 
 @torch.inference_mode()
@@ -348,4 +378,4 @@ def _advance(
             rows, tokens = [rows[i] for i in active], tokens[kept]
             cache.select(kept)
             seen = None if seen is None else seen[kept]
-        batch = {"input_ids": tokens[:, None]}
+        batch = {"input_ids": tokens[:, None], **_routes(model, rows)}

@@ -55,7 +55,7 @@ class Model:
     `path` names the base so that it can be found again: a hub id, "pebble", or an absolute folder.
 
     `identity` is the SHA-256 of the base checkpoint's weights, "" for a model that was never on disk. `merged` is what
-    undoes a merge, where it was kept.
+    undoes a merge, where it was kept, `adapters` what was loaded onto the base under names.
     """
 
     net: Network
@@ -66,6 +66,7 @@ class Model:
     generation_config: dict[str, Any] = field(default_factory=dict)
     chain: list[Link] = field(default_factory=list)
     merged: Any = None
+    adapters: Any = None
 
     @property
     def spec(self) -> Spec:

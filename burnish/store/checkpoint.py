@@ -236,6 +236,8 @@ def save(model: Model, folder: str | Path) -> Path:
 
     Raises UserError when the folder holds a different model's files that this save would mix with.
     """
+    if model.adapters is not None:
+        raise UserError(f"{folder}: adapters loaded under names are not saved; their folders hold them")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     spec, layout = model.spec, model.net.layout

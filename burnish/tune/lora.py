@@ -114,8 +114,12 @@ class LoRALinear(nn.Module):
         frozen = not any(parameter.requires_grad for parameter in self.base.parameters())
         if frozen and not (self.dropout and self.training) and not torch.compiler.is_compiling():
             return _Corrected.apply(x, self.base, self.lora_A, self.lora_B, self.scaling)
-        low = F.dropout(x, self.dropout, self.training) @ self.lora_A.to(x.dtype).t()
-        return torch.addmm(self.base(x), low, self.lora_B.to(x.dtype).t(), alpha=self.scaling)
+        return self.onto(self.base(x), F.dropout(x, self.dropout, self.training))
+
+    def onto(self, y: Tensor, x: Tensor) -> Tensor:
+        """What the base gave for x (tokens, in), y (tokens, out), with the correction."""
+        low = x @ self.lora_A.to(x.dtype).t()
+        return torch.addmm(y, low, self.lora_B.to(x.dtype).t(), alpha=self.scaling)
 
     def delta(self) -> Tensor:
         """The correction as a matrix (out, in), float32."""
@@ -161,15 +165,19 @@ class DoRALinear(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.foreign and not is_flat(x):
             return by_tokens(self, x)
-        scale = (self.lora_magnitude_vector / self.norm()).to(x.dtype)
-        if self.dropout and self.training:  # the scale then changes what the dropped input gives
-            dropped = F.dropout(x, self.dropout, True)
-            plain, low = self.base(dropped), dropped @ self.lora_A.to(x.dtype).t()
-            summed = torch.addmm(plain, low, self.lora_B.to(x.dtype).t(), alpha=self.scaling)
-            y = self.base(x) - plain + scale * summed
-        else:
-            y = scale * super().forward(x)
-        return y if self.base.bias is None else y + (1 - scale) * self.base.bias.to(x.dtype)
+        if not (self.dropout and self.training):
+            return self.scaled(super().forward(x))
+        dropped = F.dropout(x, self.dropout, True)  # the scale changes what this gives, the base sees x
+        plain = self.base(dropped)
+        return self.base(x) - plain + self.onto(plain, dropped)
+
+    def onto(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.scaled(super().onto(y, x))
+
+    def scaled(self, y: Tensor) -> Tensor:
+        """y (tokens, out) with rows of their trained lengths in the weight; the bias is left as it is."""
+        scale = (self.lora_magnitude_vector / self.norm()).to(y.dtype)
+        return scale * y if self.base.bias is None else scale * y + (1 - scale) * self.base.bias.to(y.dtype)
 
     def folded(self, weight: Tensor) -> Tensor:
         summed = super().folded(weight)

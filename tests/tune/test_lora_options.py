@@ -41,7 +41,7 @@ def disturb(parameters, seed: int = 8) -> None:
 
 
 def applied(folder, family: str, **options):
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": NATIVE[family], **options}
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": NATIVE.get(family), **options}
     return chain.apply(load(folder), {"lora": settings}, Context(seed=1))
 
 
