@@ -1,7 +1,7 @@
 """Adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-LoRA and IA3 are burnish's own techniques where they have all that the adapter asks for; anything else goes through
-peft itself.
+LoRA, IA3 and methods of virtual tokens are burnish's own techniques where they have all that the adapter asks for;
+anything else goes through peft itself.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from burnish import chain as chains
 from burnish.config import UserError
 from burnish.model.bundle import Model
 from burnish.model.network import Layout
+from burnish.store import virtual_tokens
 from burnish.store.tensors import Entry, read_folder, write_json, write_tensors
 from burnish.tune import ia3, peft_method
 
@@ -50,20 +51,23 @@ def takes(model: Model) -> bool:
     """Whether the chain is one that PEFT's format holds."""
     name = model.chain[0].name if len(model.chain) == 1 else ""
     parts = any(layer.skipped for layer in ia3.layers(model).values())  # of fused projections, which PEFT cannot say
-    return (name in OWN and not parts) or name.startswith(peft_method.PREFIX)
+    return (name in OWN and not parts) or name.startswith(peft_method.PREFIX) or virtual_tokens.takes(model)
 
 
 def write(model: Model, tensors: dict[str, Tensor], folder: Path) -> None:
     """Write a chain that `takes` accepts; `tensors` are its parameters by burnish's names."""
     name = model.chain[0].name
+    task = "SEQ_2_SEQ_LM" if model.spec.paired else TASKS[model.spec.head]
     if name in OWN:
         renamed, record = own(model, tensors)
+    elif name in virtual_tokens.METHODS:
+        renamed, record = virtual_tokens.written(model, tensors)
+        task = task or "FEATURE_EXTRACTION"  # of another class peft leaves virtual tokens away
     else:
         found = peft_method.tensors(model, name)
         renamed = {key: tensor.clone() for key, tensor in found.items()}
         record = peft_method.record(model, name)
     write_tensors(renamed, folder / "adapter_model.safetensors")
-    task = "SEQ_2_SEQ_LM" if model.spec.paired else TASKS[model.spec.head]
     known = {"task_type": task, "base_model_name_or_path": model.path, "inference_mode": True}
     write_json({**record, **known}, folder / "adapter_config.json")
 
@@ -101,6 +105,9 @@ def read(folder: Path, saved: list[dict[str, Any]]) -> tuple[list[dict[str, Any]
         raise UserError(f"{folder}/adapter_config.json: not valid JSON ({error})") from None
     tensors, base = read_folder(folder, "adapter_model"), config.get("base_model_name_or_path") or ""
     asked = [key for key, off in UNSUPPORTED.items() if config.get(key, off) not in (off, None, [], {})]
+    if virtual_tokens.holds(config):
+        found = virtual_tokens.read(config, tensors, str(folder / "adapter_config.json"))
+        return saved or found, tensors, base
     if saved and (saved[0]["name"] == "ia3" or saved[0]["name"].startswith(peft_method.PREFIX)):
         return saved, tensors, base
     name = str(config.get("peft_type")).lower()
@@ -127,6 +134,8 @@ def rebuild(model: Model, chain: list[dict[str, Any]], tensors: dict[str, Entry]
         chain[0]["config"]["target_modules"] = targets
         chains.rebuild(model, chain)
         return tensors
+    if chain[0]["name"] in virtual_tokens.METHODS:
+        return virtual_tokens.rebuild(model, chain, tensors)
     chains.rebuild(model, chain)
     own = {id(tensor): name for name, tensor in model.net.stored_tensors().items()}
     copies = ".base_layer.weight"  # of the base, which PEFT writes beside an adapted embedding

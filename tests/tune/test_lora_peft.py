@@ -155,7 +155,7 @@ def test_a_narrow_adapter_is_kept_in_float32(root, tmp_path, dtype):
     ("changes", "reason"),
     [
         ({"peft_type": "IA33"}, "adapter_config.json: .*'peft:ia33' is unknown .did you mean 'peft:ia3'"),
-        ({"peft_type": "P_TUNING"}, "use 'p_tuning', burnish's own"),
+        ({"peft_type": "P_TUNING"}, "a P_TUNING adapter holds 'prompt_embeddings' alone, and this one has base_model"),
         ({"bias": "all"}, "bias: all is not supported"),
         ({"use_dora": True, "new_option": 3}, "new_option: unknown key"),
         ({"use_dora": True}, "missing .*lora_magnitude_vector"),
