@@ -1,7 +1,7 @@
 """Adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-LoRA and IA3 are burnish's own techniques where they have all that the adapter asks for; anything else goes through
-peft itself. Which modules an adapter changes, and LoRA's ranks, are read from its tensors.
+LoRA, IA3 and methods of virtual tokens are burnish's own techniques where they have all that the adapter asks for;
+anything else goes through peft itself. Which modules an adapter changes, and LoRA's ranks, are read from its tensors.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from burnish import chain as chains
 from burnish.config import UserError
 from burnish.model.bundle import Model
 from burnish.model.network import Layout, Network
+from burnish.store import virtual_tokens
 from burnish.store.tensors import Entry, read_folder, write_json, write_tensors
 from burnish.tune import ia3, lora, peft_method
 
@@ -70,20 +71,23 @@ def takes(model: Model) -> bool:
     """Whether the chain is one that PEFT's format holds."""
     name = model.chain[0].name if len(model.chain) == 1 else ""
     parts = any(layer.skipped for layer in ia3.layers(model).values())  # of fused projections, which PEFT cannot say
-    return (name in OWN and not parts) or name.startswith(peft_method.PREFIX)
+    return (name in OWN and not parts) or name.startswith(peft_method.PREFIX) or virtual_tokens.takes(model)
 
 
 def write(model: Model, tensors: dict[str, Tensor], folder: Path) -> None:
     """Write a chain that `takes` accepts; `tensors` are its parameters by burnish's names."""
     name = model.chain[0].name
+    task = "SEQ_2_SEQ_LM" if model.spec.paired else TASKS[model.spec.head]
     if name in OWN:
         renamed, record = own(model, tensors)
+    elif name in virtual_tokens.METHODS:
+        renamed, record = virtual_tokens.written(model, tensors)
+        task = task or "FEATURE_EXTRACTION"  # of another class peft leaves virtual tokens away
     else:
         found = peft_method.tensors(model, name)
         renamed = {key: tensor.clone() for key, tensor in found.items()}
         record = peft_method.record(model, name)
     write_tensors(renamed, folder / "adapter_model.safetensors")
-    task = "SEQ_2_SEQ_LM" if model.spec.paired else TASKS[model.spec.head]
     known = {"task_type": task, "base_model_name_or_path": model.path, "inference_mode": True}
     write_json({**record, **known}, folder / "adapter_config.json")
 
@@ -143,12 +147,16 @@ def rebuild(model: Model, adapter: Adapter) -> dict[str, Entry]:
         chain[0]["config"] |= {"target_modules": outputs, "feedforward_modules": sorted(inner)}
         chains.rebuild(model, chain)
         return tensors
+    where = str(adapter.folder / "adapter_config.json")
+    if virtual_tokens.holds(adapter.record):
+        found = virtual_tokens.read(adapter.record, adapter.tensors, where)
+        return virtual_tokens.rebuild(model, adapter.saved or found, adapter.tensors)
     if adapter.technique == "lora":
         config, tensors = lora_of(model.net, adapter)
         if not any(lora.shared(model.net, path) for path in config["modules_to_save"] or ()):
             chains.rebuild(model, [{"name": "lora", "config": config}])
             return tensors
-    link = peft_method.link(adapter.record, str(adapter.folder / "adapter_config.json"))
+    link = peft_method.link(adapter.record, where)
     chains.rebuild(model, adapter.saved or [link])
     own = {id(tensor): name for name, tensor in model.net.stored_tensors().items()}
     copies = ".base_layer.weight"  # of the base, which PEFT writes beside an adapted embedding

@@ -4,7 +4,7 @@ A folder that burnish writes holds `config.json`, the tokenizer, and `burnish.js
 the base's identity. Dense base weights go to `model.safetensors` under their family's own names, so that
 transformers loads the folder unchanged; everything else (quantised storage, prompts, masks) goes to
 `burnish.safetensors` under burnish's names. A chain that leaves the base alone is saved without the base, and a chain
-of LoRA, (IA)^3 or one of peft's methods alone in PEFT's format.
+of LoRA, (IA)^3, a soft prompt or one of peft's methods alone in PEFT's format.
 """
 
 from __future__ import annotations

@@ -115,6 +115,7 @@ def encode(model: Model, config: Config, example: Example) -> Example:
     ids: list[int] = []
     labels: list[int] = []
     slots: list[int] = []
+    types: list[int] = []
     next_slot, left = encoder.first, encoder.num_slots
     if example.virtual_tokens is not None:
         left = min(left, example.virtual_tokens)
@@ -127,7 +128,8 @@ def encode(model: Model, config: Config, example: Example) -> Example:
             slots += range(next_slot, next_slot + take)
             next_slot, left = next_slot + int(value), left - take
             continue
-        if value == "prompt":
+        if (kind, value) == ("field", "prompt"):
+            types += [0] * (len(ids) - len(types)) + (example.token_types or [])[:start]
             new, new_slots = example.ids[:start], example.slots[:start] if example.slots else None
         else:
             text = str(value).replace(MASK, mask or MASK) if kind == "text" else column(example, str(value))
@@ -148,8 +150,8 @@ def encode(model: Model, config: Config, example: Example) -> Example:
             )
         ids, labels = ids + target, labels + example.labels[start:]
         slots += example.slots[start:] if example.slots else [-1] * len(target)
-    types = None if example.token_types is None else [0] * len(ids)
-    return replace(example, ids=ids, labels=labels, slots=slots, token_types=types)
+    types += [0] * (len(ids) - len(types))
+    return replace(example, ids=ids, labels=labels, slots=slots, token_types=types if example.token_types else None)
 
 
 def column(example: Example, name: str) -> str:

@@ -247,7 +247,7 @@ def test_a_folder_that_names_no_base_is_refused(llama, tmp_path):
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("nf4", None), (None, "nf4"), ("lora", None), ("lora", "full"), ("prompt_tuning", "lora")],
+    [("nf4", None), (None, "nf4"), ("lora", None), ("lora", "full"), ("adapters", "lora")],
 )
 def test_a_save_that_would_mix_with_another_model_is_refused(llama, tmp_path, first, second):
     models = [chain.apply(load(llama), name) if name else load(llama) for name in (first, second)]

@@ -155,7 +155,7 @@ def test_a_narrow_adapter_is_kept_in_float32(root, tmp_path, dtype):
     ("changes", "reason"),
     [
         ({"peft_type": "IA33"}, "adapter_config.json: .*'peft:ia33' is unknown .did you mean 'peft:ia3'"),
-        ({"peft_type": "P_TUNING"}, "use 'p_tuning', burnish's own"),
+        ({"peft_type": "P_TUNING"}, "a P_TUNING adapter holds 'prompt_embeddings' alone, and this one has base_model"),
         ({"bias": "some"}, "bias: expected one of 'none', 'all', 'lora_only', found 'some'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa is not supported"),
         ({"new_option": 3}, "new_option: unknown key"),
