@@ -21,6 +21,7 @@ from burnish.config import UserError, from_mapping, nearest, to_mapping
 from burnish.model import soft
 from burnish.model.bundle import Context, Link, Model
 from burnish.model.cache import KVCache
+from burnish.model.surgery import select
 
 TECHNIQUES = {
     "full": "burnish.tune.full",
@@ -83,6 +84,17 @@ def parse_chain(techniques: Sequence[TechniqueSpec] | TechniqueSpec) -> list[tup
 def exchanges_head(techniques: Sequence[TechniqueSpec] | TechniqueSpec) -> bool:
     """Whether one of the techniques puts a new head on (`NEW_HEAD`), so that the old one need not be read."""
     return any(getattr(technique(name), "NEW_HEAD", False) for name, _ in parse_chain(techniques))
+
+
+def stored_anew(model: Model, techniques: Sequence[TechniqueSpec] | TechniqueSpec) -> set[str]:
+    """Paths of the projections whose weights a technique takes once, before any other, to store them in another form
+    (`STORES_ANEW`), so that they need not all be read together."""
+    for name, config in parse_chain(techniques):
+        if getattr(technique(name), "STORES_ANEW", False):
+            return {path for path, _ in select(model.net, config.target_modules)}
+        if not getattr(technique(name), "NEW_HEAD", False):
+            break
+    return set()
 
 
 def apply(model: Model, techniques: Sequence[TechniqueSpec] | TechniqueSpec, context: Context | None = None) -> Model:

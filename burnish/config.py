@@ -15,13 +15,17 @@ import types
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NewType, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 ALIASES = {"cutoff_len": "max_length", "sequence_len": "max_length"}
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 LIST_TEXT = re.compile(r"\s*[\[{]|[\w.*/-]+(,[\w.*/-]+)+$")  # `[a, b]` or `a,b`, not a sentence
-TYPE_NAMES = {
+Bytes = NewType("Bytes", int)  # given as a number, or with a unit: 64MB, 1.5GiB
+UNITS = {"": 1, "B": 1} | {f"{x}B": 1000**n for n, x in enumerate("KMGT", 1)}
+UNITS |= {f"{x}iB": 1024**n for n, x in enumerate("KMGT", 1)}
+TYPE_NAMES: dict[Any, str] = {
+    Bytes: "bytes, as 64MB",
     int: "integer",
     float: "number",
     bool: "true | false",
@@ -193,6 +197,8 @@ def _coerce(value: Any, kind: Any) -> Any:
         if word not in TRUE + FALSE:
             raise _expected(kind, value)
         return word in TRUE
+    if kind is Bytes:
+        return _coerce_bytes(value)
     if base in (int, float):
         return _coerce_number(value, base)
     if base is Path and isinstance(value, (str, Path)):
@@ -212,6 +218,14 @@ def _coerce_number(value: Any, kind: type) -> int | float:
     if kind is float:
         return number
     return int(value) if isinstance(value, int) or str(value).lstrip("+-").isdigit() else int(number)
+
+
+def _coerce_bytes(value: Any) -> int:
+    number, unit = re.fullmatch(r"(?s)(.*?)\s*([KMGT]i?B|B|)\s*", str(value)).groups()  # type: ignore[union-attr]
+    try:
+        return int(float(number) * UNITS[unit])
+    except (ValueError, OverflowError):
+        raise _expected(Bytes, value) from None
 
 
 def _coerce_literal(value: Any, kind: Any) -> Any:

@@ -10,12 +10,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from burnish import chain, device
-from burnish.config import UserError
+from burnish.config import Bytes, UserError
 from burnish.model.bundle import Model, build
 from burnish.model.families import read_spec
 from burnish.store.checkpoint import read_json
@@ -36,6 +36,8 @@ class PlanConfig:
     per_device_train_batch_size: int = field(default=8, metadata={"help": "rows per step"})
     max_length: int = field(default=512, metadata={"help": "tokens per row"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "keep one activation per layer"})
+    optim: Literal["adamw", "paged_adamw"] = field(default="adamw", metadata={"help": "the optimiser, as in tune"})
+    optim_memory_limit: Bytes = field(default=Bytes(64_000_000), metadata={"help": "bytes of paged_adamw's pages"})
     json: bool = field(default=False, metadata={"help": "print JSON"})
 
 
@@ -66,8 +68,10 @@ def plan(
     rows: int = 8,
     tokens: int = 512,
     gradient_checkpointing: bool = False,
+    optimizer_limit: int | None = None,
 ) -> Plan:
-    """Predict for the checkpoint `source` with a chain and batches of `rows` x `tokens`.
+    """Predict for the checkpoint `source` with a chain and batches of `rows` x `tokens`; of a paged optimiser's state
+    at most `optimizer_limit` bytes are in memory.
 
     Only headers are read: the chain is applied to a network without storage (torch's meta device).
     """
@@ -98,21 +102,24 @@ def plan(
         trainable=trainable,
         weights=stored - trained + (4 * trainable if trainable else 0),
         gradients=4 * trainable,
-        optimizer=8 * trainable,
+        optimizer=8 * trainable if optimizer_limit is None else min(8 * trainable, optimizer_limit),
         activations=active,
         cache=cache if spec.kind != "encoder" else 0,
     )
 
 
-def check_memory(folder: Path, chains: Sequence[Sequence[Any]], rows: int = 1, tokens: int = 64) -> None:
-    """Raise UserError when this machine's free memory cannot hold the model with one of the chains.
+def check_memory(
+    folder: Path, chains: Sequence[Sequence[Any]], rows: int = 1, tokens: int = 64, **options: Any
+) -> None:
+    """Raise UserError when this machine's free memory cannot hold the model with one of the chains; `options` are
+    `plan`'s.
 
     A chain that does not fit the model is passed over: it says so itself when it is applied.
     """
     free = device.available_memory()
     for techniques in chains:
         try:
-            needed = plan(folder, techniques, rows, tokens)
+            needed = plan(folder, techniques, rows, tokens, **options)
         except UserError:
             continue
         most = max(needed.inference, needed.training)
@@ -131,6 +138,7 @@ def run(config: PlanConfig) -> int:
         config.per_device_train_batch_size,
         config.max_length,
         config.gradient_checkpointing,
+        config.optim_memory_limit if config.optim == "paged_adamw" else None,
     )
     free = device.available_memory()
     if config.json:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from burnish.config import UserError, from_mapping, load_yaml, nearest, read_config, to_mapping, type_name
+from burnish.config import Bytes, UserError, from_mapping, load_yaml, nearest, read_config, to_mapping, type_name
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Settings:
     techniques: list[str | dict[str, Any]] = field(default_factory=list)
     betas: tuple[float, float] = (0.9, 0.999)
     rates: tuple[float, ...] = ()
+    limit: Bytes = Bytes(0)
     stop: list[str] = field(default_factory=list)
     extra: dict[str, int] = field(default_factory=dict)
 
@@ -48,6 +49,9 @@ def write(folder: Path, text: str) -> Path:
         ("max_length", "1e3", 1000),
         ("max_length", "-1", -1),
         ("max_length", str(2**53 + 1), 2**53 + 1),
+        ("limit", "64MB", 64_000_000),
+        ("limit", "1.5 GiB", 3 << 29),
+        ("limit", 4096, 4096),
         ("packing", "yes", True),
         ("packing", 0, False),
         ("packing", "FALSE", False),
@@ -85,6 +89,9 @@ def test_values_are_coerced_to_their_type(key: str, given: Any, expected: Any) -
         ("learning_rate", "fast", "expected number, found 'fast'"),
         ("learning_rate", True, "expected number, found True"),
         ("learning_rate", "nan", "expected number"),
+        ("limit", "64 cows", "expected bytes, as 64MB, found '64 cows'"),
+        ("limit", "nanMB", "expected bytes"),
+        ("limit", True, "expected bytes"),
         ("max_length", 1.5, "expected integer, found 1.5"),
         ("max_length", float("inf"), "expected integer"),
         ("max_length", [1], "expected integer"),

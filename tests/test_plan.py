@@ -32,3 +32,11 @@ def test_a_twin_of_any_family_has_its_shape(root, tmp_path, family):
     assert twin.spec == model.spec
     shapes = [{name: p.shape for name, p in m.net.named_parameters()} for m in (twin, model)]
     assert shapes[0] == shapes[1]
+
+
+def test_a_paged_optimiser_is_capped(root):
+    folder = tiny.folder(root, "llama")
+    plain, paged = plan(folder, ["full"]), plan(folder, ["full"], optimizer_limit=8192)
+    assert (plain.optimizer, paged.optimizer) == (8 * plain.trainable, 8192)
+    assert plain.training - paged.training == plain.optimizer - 8192
+    assert plan(folder, ["full"], optimizer_limit=1 << 40) == plain

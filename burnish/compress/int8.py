@@ -22,6 +22,7 @@ from burnish.model.surgery import linears, select
 from burnish.native import products
 
 CHANGES_BASE = True
+STORES_ANEW = True
 
 
 @dataclass(frozen=True)

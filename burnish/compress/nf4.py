@@ -25,6 +25,7 @@ from burnish.model.surgery import linears, select
 from burnish.native import products
 
 BLOCK, CONSTANT_BLOCK = 64, 256
+PIECE = BLOCK << 14  # weights quantised at a time, which bounds the temporaries
 LEVELS = (
     -1.0,
     -0.6961928009986877,
@@ -44,8 +45,8 @@ LEVELS = (
     1.0,
 )
 
-
 CHANGES_BASE = True
+STORES_ANEW = True
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,16 @@ class NF4(Weight):
     @classmethod
     def quantize(cls, dense: Tensor, double_quant: bool = True) -> NF4:
         """dense (out, in), any floating dtype."""
-        rows = blocks(dense.detach().float(), BLOCK)
-        absmax = rows.abs().amax(dim=1)
-        codes = nearest_code(normalise(rows, absmax), levels(dense.device))
-        codes = codes.to(torch.uint8).view(-1, 2)[: -(-dense.numel() // 2)]
-        tensors = {"packed": codes[:, 0] << 4 | codes[:, 1], "absmax": absmax}
+        packed = torch.empty(-(-dense.numel() // 2), dtype=torch.uint8, device=dense.device)
+        absmax = torch.empty(-(-dense.numel() // BLOCK), device=dense.device)
+        parts = dense.detach().reshape(-1).split(PIECE), packed.split(PIECE // 2), absmax.split(PIECE // BLOCK)
+        for part, stored, maxima in zip(*parts, strict=True):
+            rows = blocks(part.float(), BLOCK)
+            torch.amax(rows.abs(), dim=1, out=maxima)
+            codes = nearest_code(normalise(rows, maxima), levels(dense.device))
+            codes = codes.to(torch.uint8).view(-1, 2)[: len(stored)]
+            torch.bitwise_or(codes[:, 0] << 4, codes[:, 1], out=stored)
+        tensors = {"packed": packed, "absmax": absmax}
         if double_quant:
             offset = absmax.mean()
             groups = blocks(absmax - offset, CONSTANT_BLOCK)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from burnish.chain import Model
-from burnish.config import UserError
+from burnish.config import Bytes, UserError
 from burnish.engine.optim import Schedule
+from burnish.engine.paging import SMALLEST_LIMIT
 from burnish.model.example import IGNORE, Example
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class TrainConfig:
     warmup_ratio: float = _field(0.0, "the same as a share of all steps, if warmup_steps is 0")
     lr_scheduler_type: Schedule = _field("linear", "course of the learning rate after the warmup")
     weight_decay: float = _field(0.0, "decoupled weight decay of matrices")
+    optim: Literal["adamw", "paged_adamw"] = _field("adamw", "paged_adamw keeps AdamW's moments out of memory", True)
+    optim_memory_limit: Bytes = _field(Bytes(64_000_000), "bytes of paged_adamw's moments in memory at a time", True)
     adam_beta1: float = _field(0.9, "decay of AdamW's first moment")
     adam_beta2: float = _field(0.999, "decay of AdamW's second moment")
     adam_epsilon: float = _field(1e-8, "AdamW's epsilon")
@@ -82,6 +85,10 @@ def check(
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}: must be at least 1, is {getattr(config, name)}")
+    if config.optim_memory_limit < SMALLEST_LIMIT:
+        raise UserError(
+            f"optim_memory_limit: is {config.optim_memory_limit} bytes, and the smallest pages take {SMALLEST_LIMIT}"
+        )
     if config.max_steps <= 0 and config.num_train_epochs <= 0:
         raise UserError("num_train_epochs: must be above 0, or set max_steps")
     if not eval_examples and (config.early_stopping_patience or config.load_best_model_at_end):

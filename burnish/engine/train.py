@@ -30,6 +30,7 @@ from burnish.engine.checkpointing import Progressed
 from burnish.engine.loss import evaluate, loss_sum
 from burnish.engine.optim import adamw, gradient_norm, lr_factor, parameter_groups, scale_gradients
 from burnish.engine.order import Order, encode
+from burnish.engine.paging import PagedAdamW
 from burnish.engine.progress import Board, Progress
 from burnish.engine.settings import TrainConfig, check
 from burnish.kernels.training import fused
@@ -110,7 +111,10 @@ class _Run:
             for group in hook(config.learning_rate, config.weight_decay)
         ]
         groups = parameter_groups(self.parameters.values(), config.learning_rate, config.weight_decay, own)
-        self.optimizer = adamw(groups, config.adam_beta1, config.adam_beta2, config.adam_epsilon)
+        rates = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+        self.optimizer = adamw(groups, *rates)
+        if config.optim == "paged_adamw":
+            self.optimizer = PagedAdamW(groups, *rates, config.optim_memory_limit, config.output_dir)
         self.after_step = chain.hooks(model, "after_step")
         self.keeps_best = config.load_best_model_at_end or config.early_stopping_patience > 0
         self.best: dict[str, Tensor] = {}

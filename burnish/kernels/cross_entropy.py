@@ -28,34 +28,41 @@ from burnish.model.linear import arithmetic
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows_per_chunk: int
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_bytes: int
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         kind = arithmetic(hidden)
-        head = weight.to(kind)
-        shift = None if bias is None else bias.to(kind)
+        rows_per_chunk = max(1, chunk_bytes // (weight.shape[0] * max(4, hidden.element_size())))
+        words = weight.shape[0]  # of a part of the head
+        if kind.itemsize > weight.element_size() and weight.numel() * kind.itemsize > 2 * chunk_bytes:
+            words = max(1, chunk_bytes // (weight.shape[1] * kind.itemsize))  # widened one at a time
+        heads = weight.split(words) if words < weight.shape[0] else (weight.to(kind),)
+        shifts = [None] * len(heads) if bias is None else bias.to(kind).split(words)
         loss = hidden.new_zeros((), dtype=wide)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         grad_bias = weight.new_zeros(weight.shape[0], dtype=wide) if need_bias else None
 
-        room = head.new_empty(min(rows_per_chunk, hidden.shape[0]), head.shape[0])
+        room = hidden.new_empty(min(rows_per_chunk, hidden.shape[0]), weight.shape[0], dtype=kind)
         for start in range(0, hidden.shape[0], rows_per_chunk):
             x = hidden[start : start + rows_per_chunk].to(kind)  # (n, H)
             target = labels[start : start + rows_per_chunk, None]  # (n, 1)
             logits = room[: len(x)]  # (n, V)
-            torch.mm(x, head.T, out=logits) if shift is None else torch.addmm(shift, x, head.T, out=logits)
+            for head, shift, out in zip(heads, shifts, logits.split(words, dim=1), strict=True):
+                wide_head = head.to(kind).T
+                torch.mm(x, wide_head, out=out) if shift is None else torch.addmm(shift, x, wide_head, out=out)
             part, slope = _loss_and_slope(logits, target, any(ctx.needs_input_grad))
             loss += part
             if slope is None:
                 continue
             if grad_hidden is not None:
                 part_of_hidden = grad_hidden[start : start + rows_per_chunk]
-                if kind == hidden.dtype:
-                    torch.mm(slope, head, out=part_of_hidden)
-                else:
-                    part_of_hidden.copy_(slope @ head)
+                gradient = part_of_hidden if kind == hidden.dtype else torch.empty_like(x)
+                for index, (head, part) in enumerate(zip(heads, slope.split(words, dim=1), strict=True)):
+                    gradient.addmm_(part, head.to(kind), beta=min(index, 1))
+                if gradient is not part_of_hidden:
+                    part_of_hidden.copy_(gradient)
             if grad_weight is not None:
                 if wide == kind:
                     grad_weight.addmm_(slope.T, x)
@@ -101,16 +108,15 @@ def linear_cross_entropy(
 
     hidden (N, H); weight (V, H) and bias (V) or None, cast to hidden's dtype for the products; labels (N,)
     int64, -100 where a row has no target. Returns the loss summed over targets (float32 scalar, float64 for
-    float64 hidden states) and their number. No tensor of logits exceeds `chunk_bytes` (or one row). The
-    gradients come from the forward pass, for the inputs that require one; backward may run once.
+    float64 hidden states) and their number. No tensor of logits exceeds `chunk_bytes` (or one row), and no copy
+    of the head in a wider dtype twice as many. The gradients come from the forward pass, for the inputs that
+    require one; backward may run once.
     """
     kept = (labels != IGNORE).nonzero().squeeze(1)
     count = kept.shape[0]
     if count < labels.shape[0]:
         hidden, labels = hidden[kept], labels[kept]
-    itemsize = max(4, hidden.element_size())
-    rows_per_chunk = max(1, chunk_bytes // (weight.shape[0] * itemsize))
-    return _LinearCrossEntropy.apply(hidden.contiguous(), weight, bias, labels, rows_per_chunk), count
+    return _LinearCrossEntropy.apply(hidden.contiguous(), weight, bias, labels, chunk_bytes), count
 
 
 def reference_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, int]:

@@ -139,6 +139,17 @@ class Dense(Weight):
         return Dense(self.dense.detach().chunk(world, dim)[rank].clone())
 
 
+class Unread(Dense):
+    """A matrix that is still in its file; `dequantize` reads it, where the next one's may overwrite it."""
+
+    def __init__(self, dense: Tensor, read: Callable[[], Tensor]):
+        super().__init__(nn.Parameter(dense, requires_grad=False))
+        self.read = read
+
+    def dequantize(self) -> Tensor:
+        return self.read()
+
+
 class Linear(nn.Module):
     """y = x W^T + b with x (tokens, in_features); parameters are cast to x's dtype.
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from burnish import chain as chains
 from burnish.config import UserError
 from burnish.model.bundle import Model, build
 from burnish.model.families import read_spec
-from burnish.model.linear import Dense, Weight
+from burnish.model.linear import Dense, Unread, Weight
 from burnish.model.network import Layout, Network
 from burnish.model.spec import Head
 from burnish.store import adapters
@@ -31,6 +32,7 @@ from burnish.store.identity import identity
 from burnish.store.tensors import Entry, Held, read_folder, write_json, write_tensors
 from burnish.store.tokenizer import load_tokenizer, save_tokenizer
 
+DENSE = ".weight.dense"
 Stored = dict[str, Entry | Held]
 Plan = dict[str, tuple[Entry | Held, bool, torch.dtype]]  # parameter -> its tensor, whether transposed, its dtype
 
@@ -59,8 +61,8 @@ def load(
 
     dtype None keeps floating tensors as they are stored; a technique's own tensors keep their dtype. `head` overrides
     the checkpoint's own; `techniques` are those that will be applied: where they exchange the head of an
-    encoder-decoder, its decoder is not read. Raises UserError for a folder that is no checkpoint, listing every
-    missing, unexpected or misshapen tensor.
+    encoder-decoder, its decoder is not read, and where they quantise, each weight is read when it is its turn. Raises
+    UserError for a folder that is no checkpoint, listing every missing, unexpected or misshapen tensor.
     """
     folder = resolve(source)
     saved = read_json(folder / "burnish.json") if (folder / "burnish.json").exists() else {}
@@ -93,7 +95,8 @@ def load(
             chains.rebuild(model, chain)
     held = None if quantised else model.net.read_converted(base)
     stored: Stored = dict(entries) if held is None else {name: Held(tensor) for name, tensor in held.items()}
-    fill(model, canonical(stored, model.net.layout), extras, folder, dtype, device)
+    later = set() if chain else chains.stored_anew(model, techniques)
+    fill(model, canonical(stored, model.net.layout), extras, folder, dtype, device, later)
     model.tokenizer = load_tokenizer(folder if has_tokenizer(folder) else base)
     check_vocabulary(model, folder)
     if (base / "generation_config.json").exists():
@@ -168,8 +171,12 @@ def fill(
     folder: Path,
     dtype: torch.dtype | None,
     device: torch.device | str,
+    later: Set[str] = frozenset(),
 ) -> None:
-    """Give every parameter its stored tensor, or raise one UserError that lists all that do not match."""
+    """Give every parameter its stored tensor, or raise one UserError that lists all that do not match.
+
+    The weights of the projections whose paths are in `later` stay in their files.
+    """
     net, layout = model.net, model.net.layout
     plan: Plan = {}
     problems: list[str] = []
@@ -205,24 +212,35 @@ def fill(
             problems.append(f"unexpected {key}")
     if problems:
         raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
-    place(net, plan, torch.device(device))
+    place(net, plan, torch.device(device), later)
 
 
-def place(net: Network, plan: Plan, device: torch.device) -> None:
+def place(net: Network, plan: Plan, device: torch.device, later: Set[str]) -> None:
     """Read every parameter's (entry, whether it is transposed, dtype) into the network.
 
     What cannot be read into place goes through one buffer: freed ones would leave holes as large as the model.
     """
     indirect = {name for name, (entry, transposed, kind) in plan.items() if transposed or kind != entry.dtype}
     indirect = set(plan) if device.type != "cpu" else indirect
-    scratch = torch.empty(max((plan[name][0].nbytes for name in indirect), default=0), dtype=torch.uint8)
+    unread = {name for name in plan if name.endswith(DENSE) and name.removesuffix(DENSE) in later}
+    scratch = torch.empty(max((plan[name][0].nbytes for name in indirect | unread), default=0), dtype=torch.uint8)
     before = net.stored_tensors()
-    for name, (entry, transposed, kind) in plan.items():
-        tensor = entry.read(scratch if name in indirect else None)
+
+    def read(name: str) -> torch.Tensor:
+        entry, transposed, kind = plan[name]
+        tensor = entry.read(scratch if name in indirect | unread else None)
         if name in indirect:
             tensor = tensor.t() if transposed else tensor
             tensor = tensor.to(device, kind, copy=True, memory_format=torch.contiguous_format)
+        return tensor
+
+    for name in plan:
         old = before[name]
+        if name in unread:
+            empty = torch.empty(old.shape, dtype=plan[name][2], device="meta")
+            net.get_submodule(name.removesuffix(DENSE)).weight = Unread(empty, partial(read, name))
+            continue
+        tensor = read(name)
         new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
         module, _, leaf = name.rpartition(".")
         setattr(net.get_submodule(module), leaf, new)

@@ -315,18 +315,18 @@ def memory(key):
 
 burnish.load(sys.argv[1])  # imports and tokenizer
 ratios = {}
-for folder in sys.argv[2:]:
+for folder, *techniques in map(json.loads, sys.argv[2:]):
     reader, writer = os.pipe()
     if os.fork() == 0:  # a fresh high-water mark
         before = memory("VmRSS")
-        model = burnish.load(folder)
+        model = burnish.apply(burnish.load(folder, techniques=techniques), techniques)
         size = sum(p.numel() * p.element_size() for p in model.net.parameters())
         os.write(writer, json.dumps([memory("VmHWM") - before, size]).encode())
         os._exit(0)
     os.close(writer)
     peak, size = json.loads(os.read(reader, 1000) or "null")
     os.wait()
-    ratios[folder] = [peak / size, size]
+    ratios[folder + " ".join(techniques)] = [peak / size, size]
 print(json.dumps(ratios))
 """
 
@@ -353,12 +353,33 @@ def test_loading_holds_the_model_once(root, tmp_path):
         big_model(tmp_path / "transposed", "gpt2"),
     ]
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    command = [sys.executable, "-c", MEASURE, str(tiny.folder(root, "llama")), *folders]
+    measured = [
+        json.dumps(words) for words in (*([folder] for folder in folders), [folders[0], "nf4"], [folders[2], "nf4"])
+    ]
+    command = [sys.executable, "-c", MEASURE, str(tiny.folder(root, "llama")), *measured]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     for folder, (ratio, size) in json.loads(done.stdout.splitlines()[-1]).items():
+        if folder.endswith("nf4"):  # each matrix read when it is quantised: never the whole in 32 bits
+            assert size < 80e6 and size * ratio < 130e6, (folder, size, ratio)
+            continue
         assert size > 150e6, folder
         assert 0.9 < ratio <= 1.15, (folder, ratio)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize(
+    "techniques", [["nf4", "lora"], [{"int8": {"target_modules": ["0.mlp.up_proj"]}}], ["transfer", "nf4"]]
+)
+def test_weights_that_are_read_when_it_is_their_turn_are_the_same(root, family, techniques):
+    folder = tiny.folder(root, family)
+    late = load(folder, techniques=techniques)
+    assert any(p.is_meta for p in late.net.parameters())
+    late, early = chain.apply(late, techniques), chain.apply(load(folder), techniques)
+    for (name, parameter), (other, expected) in zip(
+        late.net.named_parameters(), early.net.named_parameters(), strict=True
+    ):
+        assert name == other and torch.equal(parameter, expected), name
 
 
 def test_a_fine_tuned_folder_is_a_base_of_its_own(llama, tmp_path):

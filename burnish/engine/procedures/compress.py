@@ -27,7 +27,7 @@ def run(config: QuantizeConfig) -> int:
         raise UserError("output_dir: say where the result goes, as in --output-dir runs/small")
     if config.output_dir.exists() and any(config.output_dir.iterdir()):
         raise UserError(f"{config.output_dir}: is not empty; choose another --output-dir")
-    model = load(config.model)
+    model = load(config.model, techniques=[config.method])
 
     def size() -> int:
         return sum(p.numel() * p.element_size() for p in model.net.parameters())

@@ -72,7 +72,14 @@ def run(config: TuneConfig) -> int:
         names = sorted({str(row.get(config.label_column, "")) for row in rows})
         techniques = with_head(techniques, names)
     chain.parse_chain(techniques)
-    check_memory(folder, [techniques], config.per_device_train_batch_size, config.max_length)
+    check_memory(
+        folder,
+        [techniques],
+        config.per_device_train_batch_size,
+        config.max_length,
+        gradient_checkpointing=config.gradient_checkpointing,
+        optimizer_limit=config.optim_memory_limit if config.optim == "paged_adamw" else None,
+    )
 
     dtype, place = device.parse_dtype(config.dtype or None), device.pick_device(config.device)
     model = load(config.model, dtype, place, techniques=techniques)
