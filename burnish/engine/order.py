@@ -12,6 +12,7 @@ from torch import Tensor
 from burnish import chain
 from burnish.chain import Model
 from burnish.config import UserError
+from burnish.engine.masking import masked
 from burnish.engine.settings import TrainConfig
 from burnish.model.example import Example
 from burnish.store.batch import collate, collate_packed, collate_pairs, pack
@@ -55,21 +56,24 @@ class Order:
         self.model, self.examples, self.config = model, examples, config
 
     def epoch(self, number: int) -> list[list[list[Any]]]:
-        """Steps of micro-batches of rows; a row is an index, or the examples packed into it."""
+        """Steps of micro-batches of rows; a row is an example, or the examples packed into it."""
         config = self.config
         generator = torch.Generator().manual_seed((config.seed << 20) + number)
-        rows: list[Any] = torch.randperm(len(self.examples), generator=generator).tolist()
+        order = torch.randperm(len(self.examples), generator=generator).tolist()
+        examples = self.examples
+        if config.mlm_probability:
+            examples = masked(examples, self.model.tokenizer, config.mlm_probability, config.seed, number)
+        rows: list[Any] = [examples[index] for index in order]
         if config.packing:
-            rows = pack([self.examples[index] for index in rows], config.max_length)
+            rows = pack(rows, config.max_length)
         return _split(_split(rows, config.per_device_train_batch_size), config.gradient_accumulation_steps)
 
     def batch(self, rows: list[Any]) -> dict[str, Tensor]:
         if self.config.packing:
             return packed(self.model, rows, self.config.max_length)
-        examples = [self.examples[index] for index in rows]
-        groups = [[example, *(example.choices or ())] if example.compared else [example] for example in examples]
+        groups = [[example, *(example.choices or ())] if example.compared else [example] for example in rows]
         batch = collated(self.model, [example for group in groups for example in group], multiple_of=8)
-        if any(example.compared for example in examples):  # 0: the right one, with which each row's choices begin
+        if any(example.compared for example in rows):  # 0: the right one, with which each row's choices begin
             batch["choice"] = torch.tensor([number for group in groups for number in range(len(group))])
         return batch
 

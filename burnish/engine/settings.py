@@ -44,6 +44,7 @@ class TrainConfig:
     max_grad_norm: float = _field(1.0, "gradients are clipped to this global norm; 0: not clipped")
     max_length: int = _field(1024, "tokens per row when packing")
     packing: bool = _field(False, "put several examples in one row; they do not see each other")
+    mlm_probability: float = _field(0.0, "share of the tokens that a masked language model is to tell; 0: as labelled")
     bf16: bool = _field(False, "compute in bfloat16 (in float32 on a CPU without it)")
     gradient_checkpointing: bool = _field(False, "recompute activations in the backward pass: less memory, slower")
     compile: bool = _field(False, "compile the layers with torch.compile")
@@ -82,6 +83,11 @@ def check(
             empty,
             len(examples),
         )
+    if config.mlm_probability:
+        if model.spec.head != "masked_lm" or getattr(model.tokenizer, "mask_token_id", None) is None:
+            raise UserError("mlm_probability: only a masked language model with a mask token is trained so; leave it 0")
+        if not 0 < config.mlm_probability < 1:
+            raise UserError(f"mlm_probability: a share between 0 and 1 is needed, not {config.mlm_probability}")
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}: must be at least 1, is {getattr(config, name)}")

@@ -190,6 +190,7 @@ class _Text:
         bare, marked = self._ids("a"), tokenizer("a")["input_ids"]
         starts = (i for i in range(len(marked)) if marked[i : i + len(bare)] == bare)
         self.marks = marked[: next(starts, 0)]
+        self.closing = [self.eos] if self.eos is not None else marked[len(self.marks) + len(bare) :]
         self.adds_space = "".join(tokenizer.convert_ids_to_tokens(bare)).startswith("▁")
 
     def _ids(self, text: str) -> list[int]:
@@ -228,7 +229,8 @@ def _encode(kind: str, row: Row, text: _Text) -> tuple[list[int], list[bool]]:
     if kind in ("messages", "conversations"):
         return chat_ids(text.tokenizer, _messages(row, kind))
     if kind == "text":
-        ids = text.ended(text.first(_text(row, "text")))
+        ids = text.first(_text(row, "text"))
+        ids += text.closing if ids[-1:] != text.closing else []
         return ids, [True] * len(ids)
     if kind == "alpaca" and text.tokenizer.chat_template:
         asked, reply = _asked(row)

@@ -24,10 +24,12 @@ from burnish.config import UserError
 from burnish.store.lazy_tokenizer import lazy_tokenizer
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, END = "<|pad|>", "<|end|>"
 SPECIAL_TOKENS = (PAD, END, "<|system|>", "<|user|>", "<|assistant|>")
+ENCODER_TOKENS = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role == 'assistant' %}"
@@ -110,8 +112,46 @@ def train_tokenizer(
     vocabulary has at most `vocab_size` entries, 256 of them single bytes. llama.cpp knows this way of
     splitting text as `smollm`.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_byte_level_bpe(texts, vocab_size, special_tokens),
+        pad_token=special_tokens[0],
+        eos_token=special_tokens[1],
+        extra_special_tokens=list(special_tokens[2:]),
+        chat_template=chat_template,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def train_encoder_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """The same with BERT's special tokens and marks: `[CLS] text [SEP]`, `[CLS] text [SEP] other [SEP]`.
+
+    [MASK] takes the space before it, as the words do that it stands for.
+    """
+    from tokenizers import AddedToken, processors
+    from transformers import PreTrainedTokenizerFast
+
+    backend = _byte_level_bpe(texts, vocab_size, tuple(ENCODER_TOKENS.values()))
+    mask = AddedToken(ENCODER_TOKENS["mask_token"], lstrip=True, special=True)
+    backend.add_special_tokens([mask])
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    names: dict[str, Any] = {**ENCODER_TOKENS, "mask_token": mask}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **names,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_level_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str]) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 256 + len(special_tokens):
         raise UserError(
@@ -129,15 +169,7 @@ def train_tokenizer(
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=special_tokens[0],
-        eos_token=special_tokens[1],
-        extra_special_tokens=list(special_tokens[2:]),
-        chat_template=chat_template,
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-    )
+    return backend
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

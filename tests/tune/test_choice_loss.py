@@ -58,7 +58,7 @@ def test_the_equations_of_section_3_2(root, family, parts):
     folder = tiny.folder(root, family)
     model = chain.apply(load(folder), [{"choice_loss": {part: part in parts for part in PARTS}}])
     examples = encode(model, encode_rows(ROWS, model.tokenizer, 64))
-    batch = Order(model, examples, TrainConfig()).batch([0, 1, 2, 3])
+    batch = Order(model, examples, TrainConfig()).batch(examples)
     assert batch["choice"].tolist() == [0, 1, 0, 1, 2, 0, 1, 0, 1, 2, 3]
     (hook,) = chain.hooks(model, "loss")
     loss, count = hook(batch, forward(model, batch))
@@ -108,7 +108,7 @@ def test_a_step_is_the_same_however_it_is_split(root):
 def test_without_it_choices_cost_nothing(root):
     model = chain.apply(load(tiny.folder(root, "llama")), "lora")
     examples = encode(model, encode_rows(ROWS, model.tokenizer, 64))
-    batch = Order(model, examples, TrainConfig()).batch([0, 1])
+    batch = Order(model, examples, TrainConfig()).batch(examples[:2])
     assert len(batch["input_ids"]) == 2 and "choice" not in batch
     train(model, examples, TrainConfig(max_steps=1, packing=True))
 

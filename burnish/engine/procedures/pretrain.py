@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from burnish import chain
-from burnish.config import UserError, from_mapping, to_mapping
+from burnish.config import UserError, from_mapping, nearest, to_mapping
 from burnish.engine.progress import Terminal
 from burnish.engine.settings import TrainConfig
 from burnish.engine.train import train
@@ -21,7 +21,7 @@ from burnish.store.checkpoint import save
 from burnish.store.data import encode_rows
 from burnish.store.rows import read_rows
 from burnish.store.tensors import write_json
-from burnish.store.tokenizer import train_tokenizer
+from burnish.store.tokenizer import train_encoder_tokenizer, train_tokenizer
 
 TOKENIZER_ROWS = 40_000
 NGRAM = {"vocab_size": 4096, "order": 5, "architectures": ["NGramForCausalLM"]}
@@ -38,7 +38,11 @@ class PretrainConfig(TrainConfig):
         default_factory=dict, metadata={"help": "the new model's config.json, or ngram"}
     )
     documents: int = field(default=0, metadata={"help": "documents taken from the data; 0: all (needed for 'world')"})
+    parts: list[str] = field(
+        default_factory=list, metadata={"help": "parts of the embedded corpus, as in 'facts,biographies'; empty: all"}
+    )
     packing: bool = field(default=True, metadata={"help": "several documents in one row; they do not see each other"})
+    mlm_probability: float = field(default=0.15, metadata={"help": "share of the tokens that an encoder is to tell"})
     bf16: bool = field(default=True, metadata={"help": "compute in bfloat16 (in float32 on a CPU without it)"})
 
 
@@ -47,11 +51,15 @@ def rows_of(config: PretrainConfig) -> list[dict[str, Any]]:
     if config.data != "world":
         rows: Iterable[dict[str, Any]] = read_rows(config.data)
     else:
-        from burnish.world import documents
+        from burnish.world.corpus import MIXTURE, tagged_documents
 
         if config.documents < 1:
             raise UserError("documents: the embedded corpus is endless; say how many documents to take")
-        rows = documents(config.seed)
+        for part in config.parts:
+            if part not in MIXTURE:
+                raise UserError(f"parts: the corpus has no part '{part}'{nearest(part, MIXTURE)}: {', '.join(MIXTURE)}")
+        kept = config.parts or MIXTURE
+        rows = (document for part, document in tagged_documents(config.seed) if part in kept)
     return list(itertools.islice(rows, config.documents or None))
 
 
@@ -61,13 +69,16 @@ def new_model(hf_config: dict[str, Any], rows: list[dict[str, Any]], seed: int) 
         raise UserError("model: vocab_size is missing; it sizes the tokenizer and the embedding")
     import torch
 
-    texts = (text for row in itertools.islice(rows, TOKENIZER_ROWS) for text in texts_of(row))
-    tokenizer = train_tokenizer(texts, int(hf_config["vocab_size"]))
-    config = {**hf_config, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config |= {"bos_token_id": tokenizer.bos_token_id}
-    spec = read_spec(config)
+    spec = read_spec(hf_config)
     if spec.paired:
         raise UserError("model: pretraining starts decoders and encoders; an encoder-decoder can be tuned")
+    if spec.kind == "encoder" and spec.head != "masked_lm":
+        raise UserError("model: an encoder is pretrained with a masked language model's head, such as BertForMaskedLM")
+    texts = (text for row in itertools.islice(rows, TOKENIZER_ROWS) for text in texts_of(row))
+    train = train_encoder_tokenizer if spec.kind == "encoder" else train_tokenizer
+    tokenizer = train(texts, int(hf_config["vocab_size"]))
+    config = {**hf_config, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config |= {"bos_token_id": tokenizer.bos_token_id}
     if len(tokenizer) > spec.vocab_size:
         raise UserError(f"model: vocab_size {spec.vocab_size} is less than the tokenizer's {len(tokenizer)} tokens")
     if spec.family == "ngram":
@@ -97,6 +108,9 @@ def run(config: PretrainConfig) -> int:
     rows = rows_of(config)
     hf_config = {"model_type": config.model, **NGRAM} if isinstance(config.model, str) else config.model
     model = new_model(hf_config, rows, config.seed)
+    causal = model.spec.causal
+    if not causal:  # an encoder has no turns
+        rows = [{"text": "\n".join(texts_of(row))} for row in rows]
     kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}  # a corpus may mix texts and conversations
     for row in rows:
         kinds.setdefault(tuple(row), []).append(row)
@@ -111,6 +125,7 @@ def run(config: PretrainConfig) -> int:
         return saved(model, config, f"{sum(model.hf_config['entries'])} n-grams")
     chain.apply(model, ["full"])
     options = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
+    options["mlm_probability"] = 0.0 if causal else config.mlm_probability
     result = train(model, examples, from_mapping(TrainConfig, options, "pretrain"), progress=Terminal())
     model.net.to(torch.bfloat16)
     model.chain.clear()  # a pretrained model is a base: nothing was applied to it
