@@ -37,12 +37,13 @@ class Row:
     """What the contract expects of one technique.
 
     `start`: the outputs after `apply` are the base's ("base"), the hidden states are ("hidden"), they are those of
-    the base with the stored weights ("weights"), or they are the base's where a row has no virtual token ("soft").
+    the base with the stored weights ("weights"), they are the base's where a row has no virtual token ("soft"), or
+    they are others ("changed").
     `trains`: names of the trainable parameters. `trained_with`: what trains it in the resume cell, where it has no
     trainable parameter of its own.
     """
 
-    start: Literal["base", "hidden", "weights", "soft"]
+    start: Literal["base", "hidden", "weights", "soft", "changed"]
     trains: Callable[[Network], set[str]]
     options: Mapping[str, Any] = field(default_factory=dict)
     trained_with: str = ""
@@ -174,6 +175,7 @@ def prefix_encoder(net: Network) -> set[str]:
     return {f"techniques.prefix_tuning.{name}" for name in {"embedding.weight"} | mlp}
 
 
+BLOCKS = {"block_size": 2, "global_blocks": 1, "window_blocks": 1, "random_blocks": 1}
 ROWS = {
     "full": Row("base", everything),
     "transfer": Row("hidden", new_head),
@@ -188,6 +190,7 @@ ROWS = {
     "int8": Row("weights", nothing, trained_with="lora"),
     "nf4": Row("weights", nothing, trained_with="lora"),
     "magnitude": Row("weights", nothing, trained_with="full"),
+    "sparse_attention": Row("changed", nothing, BLOCKS, trained_with="lora"),
 }
 
 ENCODERS = {name for name, family in FAMILIES.items() if family.constants["kind"] == "encoder"} | {*FOREIGN_ENCODERS}
@@ -196,6 +199,8 @@ SEQ2SEQ = {name for name, family in FAMILIES.items() if family.constants["kind"]
 COUNTING = {*FOREIGN_PAIRS}
 
 LIMITS = (
+    Limit(REFUSED, "no pattern reaches it", {"sparse_attention"}, {"gptj", "mamba"}),
+    Limit(REFUSED, "transformers runs takes no attention pattern", {"sparse_attention"}, {*FOREIGN_PAIRS}),
     Limit(REFUSED, "keeps no key-value cache to put a prefix into", {"prefix_tuning"}, ENCODERS | COUNTING | {"mamba"}),
     Limit(REFUSED, "no attention output projection is known", {"adapters"}, {"mamba"}),
     Limit(REFUSED, "no key projection is known", {"ia3"}, {"mamba"}),

@@ -5,7 +5,9 @@ projections of its layers are replaced in place by burnish's `Linear`, on which 
 runs as transformers wrote it; `logits` runs transformers' own head on given hidden states, with the body left out.
 
 Limits: a projection whose weight its layer reads directly stays transformers' own. Code that a checkpoint brings is
-never run. Documents are packed only where a short trial shows that the model keeps them apart.
+never run. Documents are packed, and attention patterns obeyed, only where a short trial shows that the model's tokens
+mix in attention alone, which takes the masks that it is given: through transformers' registry (`model/registry.py`)
+where every layer asks it, else as 4-D masks, which go without patterns.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from burnish.config import UserError
-from burnish.model.attention import visibility
+from burnish.model.attention import Frame, narrow, visibility
 from burnish.model.cache import KVCache, Prefix
-from burnish.model.foreign import CLASSES, LORA_TARGETS, construct, read_config, rejections, replace_projections
+from burnish.model.foreign import CLASSES, LORA_TARGETS, Given, construct, read_config, rejections, replace_projections
 from burnish.model.linear import Linear
 from burnish.model.network import Layout, Network
+from burnish.model.patterns import Pattern
+from burnish.model.registry import registered, showing
 from burnish.model.spec import Spec
 
 HALF = (torch.bfloat16, torch.float16)
@@ -50,34 +54,12 @@ class Cache(KVCache):
         self.states.reorder_cache(rows)
 
 
-class States(tuple):
-    """A body's output as heads read it, by number or by name; what is not there is None."""
-
-    last_hidden_state = property(lambda self: self[0])
-    pooler_output = property(lambda self: self[1])
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return None
-
-
-class Given(nn.Module):
-    """Stands where the body stood and gives hidden states (N, 1, hidden) that are known already."""
-
-    def __init__(self, hidden: Tensor, pooler: nn.Module | None):
-        super().__init__()
-        self.states = States((hidden, None if pooler is None else pooler(hidden)))
-
-    def forward(self, *args: Any, **kwargs: Any) -> States:
-        return self.states
-
-
 class Foreign(Network):
     """A transformers model as a Network. It has the model's own children, so that paths are the model's.
 
     `hf` is the model, `root` the path of its body and `stacks` those of the lists of layers in it (there may be none);
-    `accepts` are the names that the body's forward takes.
+    `accepts` are the names that the body's forward takes, `registered` tells whether transformers' registry gives every
+    layer its attention.
     """
 
     hf: Any
@@ -119,6 +101,7 @@ class Foreign(Network):
         self.body = tuple(f"{self.root}{path}." for path in self.stacks) or (self.root,)
         self.accepts = set(inspect.signature(hf.base_model.forward).parameters)
         self.stateful = "cache_params" in self.accepts
+        self.registered = registered(self.layers)
         self.head_names = [f"{path}.{name}" for path, m in self.head_paths() for name in m.state_dict()]  # unchanged
         tables = (m for path, m in hf.base_model.named_modules() if "position" in path and isinstance(m, nn.Embedding))
         self.offset = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
@@ -237,6 +220,14 @@ class Foreign(Network):
 
         return DynamicCache(config=self.hf.config)
 
+    def obey(self, pattern: Pattern) -> None:
+        if not self.registered:
+            raise UserError(
+                f"a {self.spec.family} model, run by transformers, does not take its attention from transformers' "
+                "registry; no pattern reaches it"
+            )
+        super().obey(pattern)
+
     def train(self, mode: bool = True) -> Foreign:
         self.hf.training = mode  # it is no child: its children are
         return super().train(mode)  # type: ignore[return-value]
@@ -275,13 +266,39 @@ class Foreign(Network):
             cache.load(prefix)
         if cache is not None:
             cache.reserve(valid, positions)
+        if self.pattern is not None and not self.keeps_apart():
+            raise UserError(
+                f"this {self.spec.family} model, run by transformers, mixes tokens in a way that takes no mask; "
+                "no pattern reaches it"
+            )
         mask = valid
-        if segment_ids is not None:
-            seen, _ = visibility(self.spec, positions, valid, segment_ids, None, prefix, x.dtype)
-            mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, torch.finfo(x.dtype).min)  # type: ignore
-        elif cache is not None and not self.stateful:
+        if cache is not None and not self.stateful:
             mask = cache.valid[:, : cache.length] if cache.holes else None
-        return self.run(x, mask, positions, token_type_ids, cache, source)
+        shown = self.shown(positions, valid, segment_ids, cache, prefix)
+        if shown is None:
+            return self.run(x, mask, positions, token_type_ids, cache, source)
+        if not self.registered:
+            added = torch.zeros_like(shown, dtype=x.dtype).masked_fill_(~shown, torch.finfo(x.dtype).min)
+            return self.run(x, added, positions, token_type_ids, cache, source)
+        with showing(self.hf.config, shown):
+            return self.run(x, None, positions, token_type_ids, cache, source)
+
+    def shown(
+        self,
+        positions: Tensor,
+        valid: Tensor | None,
+        segments: Tensor | None,
+        cache: Cache | None,
+        prefix: Prefix | None,
+    ) -> Tensor | None:
+        """What packed documents and a pattern let be seen, padding included: bool (B, 1, T, S), None without them."""
+        if segments is None and self.pattern is None:
+            return None
+        cache, prefix = (cache, None) if segments is None else (None, prefix)  # the cache, too, holds the prefix
+        mask, causal = visibility(self.spec, positions, valid, segments, cache, prefix, self.dtype)
+        batch, length = positions.shape
+        frame = Frame(batch, length, mask, causal, None, cache, prefix)
+        return (frame if self.pattern is None else narrow(self.pattern, self.spec, frame, positions)).mask
 
     def check_padding(self, valid: Tensor | None) -> None:
         """Raise UserError for rows that begin with padding (B, T) in a model that counts positions by itself."""
@@ -341,7 +358,8 @@ class Foreign(Network):
         """Whether two short documents in one row give what each alone gives; tried once."""
         if self.apart is not None:
             return self.apart
-        self.apart = not self.stateful and getattr(self.hf.config, "sliding_window", None) is None
+        slides = getattr(self.hf.config, "sliding_window", None) is not None
+        self.apart = not self.stateful and (self.registered or not slides)
         if not self.apart:
             return False
         training = self.training
@@ -354,7 +372,7 @@ class Foreign(Network):
             )
             alone = self(inputs_embeds=x.view(2, 4, -1)).view_as(packed)
             self.apart = bool((packed - alone).norm() <= 0.02 * alone.norm())
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError):
             self.apart = False
         finally:
             self.train(training)

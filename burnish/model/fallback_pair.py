@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from burnish.config import UserError
 from burnish.model.fallback import Foreign
+from burnish.model.patterns import Pattern
 from burnish.model.seq2seq import Source
 from burnish.model.spec import Spec
 
@@ -47,6 +48,9 @@ class ForeignPair(Foreign):
     @property
     def all_layers(self) -> list[nn.Module]:
         return [layer for path in self.stacks for layer in self.hf.base_model.get_submodule(path).children()]
+
+    def obey(self, pattern: Pattern) -> None:
+        raise UserError("an encoder-decoder that transformers runs takes no attention pattern")
 
     def new_states(self) -> Any:
         from transformers import DynamicCache, EncoderDecoderCache
