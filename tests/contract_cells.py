@@ -236,8 +236,9 @@ THROUGH = (
     "experts that transformers keeps as one tensor (Mixtral); checkpoints that store them in another layout are read "
     "and written through transformers;",
     "- models for which transformers keeps no cache (OpenAI GPT) train and are measured, and do not generate;",
-    "- documents are packed where a trial of eight tokens shows that the model keeps them apart, and never with "
-    "sliding windows or recurrent states;",
+    "- documents are packed where a trial of eight tokens shows that the model keeps them apart, never with recurrent "
+    "states, and with sliding windows where every layer takes its attention from transformers' registry; only there "
+    "`sparse_attention` works;",
     "- a prefix does not train with `gradient_checkpointing`; `transfer` needs a classifier of that kind in "
     "transformers.",
 )

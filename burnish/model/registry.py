@@ -22,16 +22,18 @@ SEEN: ContextVar[Tensor] = ContextVar("seen")
 
 
 def registered(layers: Iterable[nn.Module]) -> bool:
-    """Whether every layer has a module that asks transformers' registry for its attention function."""
+    """Whether every layer has a module that asks transformers' registries."""
     found = [any(asks(type(part)) for part in layer.modules()) for layer in layers]  # type: ignore[arg-type]
     return bool(found) and all(found)
 
 
 @cache
 def asks(kind: type[nn.Module]) -> bool:
-    """Whether a class of modules does."""
-    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-    return "ALL_ATTENTION_FUNCTIONS" in getattr(code, "co_names", ())
+    """Whether a class takes its attention function from the registry, in a file that takes its masks from there."""
+    forward = inspect.unwrap(kind.forward)
+    if "ALL_ATTENTION_FUNCTIONS" not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        return False
+    return any(getattr(x, "__module__", "") == "transformers.masking_utils" for x in forward.__globals__.values())
 
 
 @contextmanager
