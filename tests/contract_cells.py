@@ -200,7 +200,6 @@ COUNTING = {*FOREIGN_PAIRS}
 
 LIMITS = (
     Limit(REFUSED, "no pattern reaches it", {"sparse_attention"}, {"gptj", "mamba"}),
-    Limit(REFUSED, "transformers runs takes no attention pattern", {"sparse_attention"}, {*FOREIGN_PAIRS}),
     Limit(REFUSED, "keeps no key-value cache to put a prefix into", {"prefix_tuning"}, ENCODERS | COUNTING | {"mamba"}),
     Limit(REFUSED, "no attention output projection is known", {"adapters"}, {"mamba"}),
     Limit(REFUSED, "no key projection is known", {"ia3"}, {"mamba"}),

@@ -13,7 +13,7 @@ Limits: it is a mask over dense attention, which computes what a block-sparse ke
 time nor memory. BigBird's code also has the last block global and draws for each layer and head; here the first blocks
 are, since where a text ends is not known while it is written, and one draw is for all. A model trained with full
 attention needs training to get used to it. Models that transformers runs must take their attention function from its
-registry, and encoder-decoders among them are refused.
+registry.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class Foreign(Network):
         self.body = tuple(f"{self.root}{path}." for path in self.stacks) or (self.root,)
         self.accepts = set(inspect.signature(hf.base_model.forward).parameters)
         self.stateful = "cache_params" in self.accepts
-        self.registered = registered(self.layers)
+        self.registered = registered(self.all_layers)
         self.head_names = [f"{path}.{name}" for path, m in self.head_paths() for name in m.state_dict()]  # unchanged
         tables = (m for path, m in hf.base_model.named_modules() if "position" in path and isinstance(m, nn.Embedding))
         self.offset = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
@@ -256,49 +256,48 @@ class Foreign(Network):
         valid = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
         positions = self.positions(batch, length, valid, position_ids, cache, prefix, x.device)
         self.check_padding(valid)
-        if segment_ids is not None and not self.keeps_apart():
-            raise UserError(
-                f"packing: this {self.spec.family} model, run by transformers, does not keep packed documents apart; "
-                "set packing: false"
-            )
         if prefix is not None:
             cache = self.new_cache(batch, prefix.size + length)
             cache.load(prefix)
         if cache is not None:
             cache.reserve(valid, positions)
-        if self.pattern is not None and not self.keeps_apart():
-            raise UserError(
-                f"this {self.spec.family} model, run by transformers, mixes tokens in a way that takes no mask; "
-                "no pattern reaches it"
-            )
         mask = valid
         if cache is not None and not self.stateful:
             mask = cache.valid[:, : cache.length] if cache.holes else None
-        shown = self.shown(positions, valid, segment_ids, cache, prefix)
-        if shown is None:
+        shown = self.shown(self.spec.decoder, positions, valid, segment_ids, cache, prefix)
+        if shown is not None:
+            mask = None
+            if not self.registered:
+                mask = torch.zeros_like(shown, dtype=x.dtype).masked_fill_(~shown, torch.finfo(x.dtype).min)
+                shown = None
+        with showing(self.hf.config, shown, self.spec.decoder.causal):
             return self.run(x, mask, positions, token_type_ids, cache, source)
-        if not self.registered:
-            added = torch.zeros_like(shown, dtype=x.dtype).masked_fill_(~shown, torch.finfo(x.dtype).min)
-            return self.run(x, added, positions, token_type_ids, cache, source)
-        with showing(self.hf.config, shown):
-            return self.run(x, None, positions, token_type_ids, cache, source)
 
     def shown(
         self,
+        spec: Spec,
         positions: Tensor,
         valid: Tensor | None,
-        segments: Tensor | None,
-        cache: Cache | None,
-        prefix: Prefix | None,
+        segments: Tensor | None = None,
+        cache: Cache | None = None,
+        prefix: Prefix | None = None,
     ) -> Tensor | None:
-        """What packed documents and a pattern let be seen, padding included: bool (B, 1, T, S), None without them."""
+        """What packed documents and a pattern let be seen, padding included: bool (B, 1, T, S), None without them.
+
+        Raises UserError for a model that takes no masks, or whose tokens mix elsewhere too.
+        """
         if segments is None and self.pattern is None:
             return None
+        if not self.keeps_apart():
+            problem = "mixes tokens in a way that takes no mask; no pattern reaches it"
+            if segments is not None:
+                problem = "does not keep packed documents apart; set packing: false"
+            raise UserError(f"this {spec.family} model, run by transformers, {problem}")
         cache, prefix = (cache, None) if segments is None else (None, prefix)  # the cache, too, holds the prefix
-        mask, causal = visibility(self.spec, positions, valid, segments, cache, prefix, self.dtype)
+        mask, causal = visibility(spec, positions, valid, segments, cache, prefix, self.dtype)
         batch, length = positions.shape
         frame = Frame(batch, length, mask, causal, None, cache, prefix)
-        return (frame if self.pattern is None else narrow(self.pattern, self.spec, frame, positions)).mask
+        return (frame if self.pattern is None else narrow(self.pattern, spec, frame, positions)).mask
 
     def check_padding(self, valid: Tensor | None) -> None:
         """Raise UserError for rows that begin with padding (B, T) in a model that counts positions by itself."""
@@ -355,29 +354,32 @@ class Foreign(Network):
 
     @torch.no_grad()
     def keeps_apart(self) -> bool:
-        """Whether two short documents in one row give what each alone gives; tried once."""
+        """Whether masks keep tokens apart, so that what they should not see changes nothing; tried once."""
         if self.apart is not None:
             return self.apart
         slides = getattr(self.hf.config, "sliding_window", None) is not None
         self.apart = not self.stateful and (self.registered or not slides)
         if not self.apart:
             return False
-        training = self.training
+        training, pattern = self.training, self.pattern
         try:
             self.eval()
-            x = self.embed(torch.arange(8, device=self.embed_tokens.weight.device)[None])  # (1, 8, width)
-            segments = torch.arange(8, device=x.device)[None] // 4
-            packed = self(
-                inputs_embeds=x, position_ids=torch.arange(8, device=x.device)[None] % 4, segment_ids=segments
-            )
-            alone = self(inputs_embeds=x.view(2, 4, -1)).view_as(packed)
+            got, want = self.trial()
             rounding = 0.02 if self.dtype in HALF else 1e-3
-            self.apart = bool((packed - alone).norm() <= rounding * alone.norm())
+            self.apart = bool((got - want).norm() <= rounding * want.norm())
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError):
             self.apart = False
         finally:
             self.train(training)
+            self.pattern = pattern
         return self.apart
+
+    def trial(self) -> tuple[Tensor, Tensor]:
+        """What two short documents give in one row, and what each alone gives."""
+        places = torch.arange(8, device=self.embed_tokens.weight.device)[None]
+        x = self.embed(places)  # (1, 8, width)
+        packed = self(inputs_embeds=x, position_ids=places % 4, segment_ids=places // 4)
+        return packed, self(inputs_embeds=x.view(2, 4, -1)).view_as(packed)
 
     def logits(self, hidden: Tensor) -> Tensor:
         flat = hidden.reshape(-1, 1, hidden.shape[-1])

@@ -36,8 +36,7 @@ class Window:
     size: int
 
     def __call__(self, queries: Tensor, keys: Tensor, causal: bool) -> Tensor:
-        distance = queries - keys
-        return (distance < self.size) & (distance >= 0) if causal else distance.abs() < self.size
+        return (keys > queries - self.size) & (keys <= queries if causal else keys < queries + self.size)
 
     def covers(self, length: int) -> bool:
         return length <= self.size

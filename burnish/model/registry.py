@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-SEEN: ContextVar[Tensor] = ContextVar("seen")
+SEEN: ContextVar[tuple[Tensor, bool]] = ContextVar("seen")
 
 
 def registered(layers: Iterable[nn.Module]) -> bool:
@@ -37,11 +37,14 @@ def asks(kind: type[nn.Module]) -> bool:
 
 
 @contextmanager
-def showing(config: Any, seen: Tensor) -> Iterator[None]:
-    """While it lasts, attention of `config`'s model sees no more than `seen` (B, 1, T, S) shows, a bool for the T last
-    of S tokens."""
+def showing(config: Any, seen: Tensor | None, causal: bool) -> Iterator[None]:
+    """While it lasts, self-attention of `config`'s model sees no more than `seen` (B, 1, T, S) shows, a bool for the T
+    last of S tokens; None shows all. causal: what is not is attention to a source, and left alone."""
+    if seen is None:
+        yield
+        return
     own = config._attn_implementation
-    token = SEEN.set(seen)
+    token = SEEN.set((seen, causal))
     try:
         config._attn_implementation = register(own)
         yield
@@ -68,9 +71,11 @@ def eager(module: nn.Module, *args: Any, **given: Any) -> Any:
 
 def both(make: Callable[..., Tensor], *args: Any, mask_function: Callable[..., Tensor], **given: Any) -> Tensor:
     """The mask that `make` makes of what both `mask_function` and burnish's mask show."""
-    from transformers.masking_utils import and_masks
+    from transformers.masking_utils import and_masks, bidirectional_mask_function
 
-    seen = SEEN.get()
+    seen, causal = SEEN.get()
+    if causal and mask_function is bidirectional_mask_function:
+        return make(*args, mask_function=mask_function, **given)
     first = seen.shape[3] - seen.shape[2]  # the first query, counted as keys are
     shown = and_masks(mask_function, lambda row, head, query, key: seen[row, 0, query - first, key])
     given |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}

@@ -34,9 +34,9 @@ def sparse(root: Path, family: str, options, *others) -> Model:
     return chain.apply(burnish.load(tiny_foreign.folder(root, family)), [{"sparse_attention": options}, *others])
 
 
-def visible(model: Model, window: int = LENGTH) -> Tensor:
+def visible(model: Model, window: int = LENGTH, causal: bool | None = None) -> Tensor:
     """(LENGTH, LENGTH), by the model's pattern and a window of its own."""
-    at, causal = [torch.tensor(i) for i in range(LENGTH)], model.spec.causal
+    at, causal = [torch.tensor(i) for i in range(LENGTH)], model.spec.causal if causal is None else causal
     return torch.tensor(
         [
             [bool(model.net.pattern(i, j, causal)) and (not causal or j <= i) and abs(i - j) < window for j in at]
@@ -94,6 +94,27 @@ def test_documents_are_packed_where_the_model_has_windows(root, family, techniqu
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [BLOCKS, WINDOW])
+@pytest.mark.parametrize("family", tiny_foreign.PAIRS)
+def test_both_sides_of_an_encoder_decoder(tmp_path, family, options):
+    reference = tiny_foreign.reference(family, encoder_layers=1, decoder_layers=1)
+    reference.save_pretrained(tmp_path)
+    tiny_foreign.tiny.tokenizer("seq2seq").save_pretrained(tmp_path)
+    model = chain.apply(burnish.load(tmp_path), [{"sparse_attention": options}])
+
+    def reached(states: Tensor, given: Tensor) -> Tensor:
+        """bool (T, S): on which given embeddings each state depends."""
+        rows = [torch.autograd.grad(state.sum(), given, retain_graph=True)[0].abs().sum(2)[0] for state in states[0]]
+        return torch.stack(rows) > 0
+
+    source, target = (model.net.embed(ids(1)).detach().requires_grad_() for _ in range(2))
+    read = model.net.read(source, None, False).states
+    states = model.net(inputs_embeds=target, source_embeds=source)
+    assert torch.equal(reached(read, source), visible(model))
+    assert torch.equal(reached(states, target), visible(model, causal=True))
+    assert reached(states, source).all()  # attention to the source is whole
+
+
 @pytest.mark.parametrize("family", ["stablelm", "cohere2", "gpt_oss", "roberta"])
 def test_training_reaches_what_it_should_and_checkpointing_changes_nothing(root, family):
     model = sparse(root, family, WINDOW, {"lora": {"r": 4}})
@@ -130,7 +151,6 @@ def test_the_model_is_left_as_it_was(root):
     [
         ("gptj", "a gptj model, run by transformers, does not take its attention from transformers' registry"),
         ("mamba", "a mamba model, run by transformers, does not take its attention"),
-        ("bart", "an encoder-decoder that transformers runs takes no attention pattern"),
     ],
 )
 def test_what_is_refused(root, family, reason):
