@@ -76,8 +76,8 @@ def blocks(pattern: BigBird, count: int, causal: bool) -> Tensor:
     table = (number[:, None] - number).abs() <= pattern.window_blocks // 2
     table[: pattern.global_blocks] = table[:, : pattern.global_blocks] = True
     for row in range(pattern.global_blocks, count):
-        others = torch.arange(pattern.global_blocks, row if causal else pattern.reach)
-        others = others[(others - row).abs() > pattern.window_blocks // 2]
+        others = torch.arange(row if causal else pattern.reach)
+        others = others[(others >= pattern.global_blocks) & ((others - row).abs() > pattern.window_blocks // 2)]
         draw = torch.Generator().manual_seed(pattern.seed * 1_000_003 + row)
         chosen = others[torch.randperm(len(others), generator=draw)[: pattern.random_blocks]]
         table[row, chosen[chosen < count]] = True

@@ -8,9 +8,8 @@ import torch
 from burnish.model.patterns import BigBird, Window, blocks
 
 LENGTH, SIZE = 23, 3
-BIRDS = [
-    BigBird(SIZE, g, w, r, seed, -(-LENGTH // SIZE)) for g, w, r, seed in ((1, 1, 1, 0), (2, 3, 2, 5), (0, 1, 0, 0))
-]
+BIRDS = [BigBird(SIZE, 1, 1, 1, 0, 8), BigBird(SIZE, 2, 3, 2, 5, 8), BigBird(SIZE, 0, 1, 0, 0, 8)]
+BIRDS += [BigBird(SIZE, 3, 1, 1, 0, 2)]  # fewer blocks to draw from than are global
 
 
 def square(pattern, causal: bool) -> torch.Tensor:
