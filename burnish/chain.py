@@ -37,6 +37,7 @@ TECHNIQUES = {
     "int8": "burnish.compress.int8",
     "nf4": "burnish.compress.nf4",
     "magnitude": "burnish.compress.magnitude",
+    "sparse_attention": "burnish.context.sparse_attention",
 }
 COLLECTIONS = {"peft": "burnish.tune.peft_method"}  # "peft:ia3": its module's method("ia3")
 

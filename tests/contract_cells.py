@@ -37,12 +37,13 @@ class Row:
     """What the contract expects of one technique.
 
     `start`: the outputs after `apply` are the base's ("base"), the hidden states are ("hidden"), they are those of
-    the base with the stored weights ("weights"), or they are the base's where a row has no virtual token ("soft").
+    the base with the stored weights ("weights"), they are the base's where a row has no virtual token ("soft"), or
+    they are others ("changed").
     `trains`: names of the trainable parameters. `trained_with`: what trains it in the resume cell, where it has no
     trainable parameter of its own. `technique`: whose options make the row, where it is not the row's name.
     """
 
-    start: Literal["base", "hidden", "weights", "soft"]
+    start: Literal["base", "hidden", "weights", "soft", "changed"]
     trains: Callable[[Network], set[str]]
     options: Mapping[str, Any] = field(default_factory=dict)
     trained_with: str = ""
@@ -186,6 +187,7 @@ def projected_prefix(net: Network) -> set[str]:
     return {name.replace("prefix_tuning", "p_tuning_v2") for name in prefix_encoder(net)}
 
 
+BLOCKS = {"block_size": 2, "global_blocks": 1, "window_blocks": 1, "random_blocks": 1}
 ROWS = {
     "full": Row("base", everything),
     "transfer": Row("hidden", new_head),
@@ -209,6 +211,7 @@ ROWS = {
     "int8": Row("weights", nothing, trained_with="lora"),
     "nf4": Row("weights", nothing, trained_with="lora"),
     "magnitude": Row("weights", nothing, trained_with="full"),
+    "sparse_attention": Row("changed", nothing, BLOCKS, trained_with="lora"),
 }
 
 ENCODERS = {name for name, family in FAMILIES.items() if family.constants["kind"] == "encoder"} | {*FOREIGN_ENCODERS}
@@ -217,6 +220,7 @@ SEQ2SEQ = {name for name, family in FAMILIES.items() if family.constants["kind"]
 COUNTING = {*FOREIGN_PAIRS}
 
 LIMITS = (
+    Limit(REFUSED, "no pattern reaches it", {"sparse_attention"}, {"gptj", "mamba"}),
     Limit(REFUSED, "keeps no key-value cache to put a prefix into", {"prefix_tuning"}, ENCODERS),
     Limit(
         REFUSED,
@@ -259,8 +263,9 @@ THROUGH = (
     "experts that transformers keeps as one tensor (Mixtral); checkpoints that store them in another layout are read "
     "and written through transformers;",
     "- models for which transformers keeps no cache (OpenAI GPT) train and are measured, and do not generate;",
-    "- documents are packed where a trial of eight tokens shows that the model keeps them apart, and never with "
-    "sliding windows or recurrent states;",
+    "- documents are packed where a trial of eight tokens shows that the model keeps them apart, never with recurrent "
+    "states, and with sliding windows where every layer takes its attention from transformers' registry; only there "
+    "`sparse_attention` works;",
     "- a prefix does not train with `gradient_checkpointing`; `transfer` needs a classifier of that kind in "
     "transformers.",
 )

@@ -38,6 +38,14 @@ CONFIGS |= {
     "m2m_100": ("M2M100", {**PAIR, "scale_embedding": True, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}),
 }
 CONFIGS |= {"marian": ("Marian", {**PAIR, "forced_eos_token_id": None, "scale_embedding": True})}
+KINDS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+HYBRID = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4}
+SPECIAL = {  # what has windows, sinks or more than attention, for test_registry.py
+    "cohere2": ("Cohere2", {**COMMON, **KINDS, "num_key_value_heads": 2}),
+    "phi3": ("Phi3", {**COMMON, "num_key_value_heads": 2, "sliding_window": 4}),
+    "gpt_oss": ("GptOss", {**COMMON, **KINDS, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4}),
+    "falcon_h1": ("FalconH1", {**COMMON, **HYBRID, "num_key_value_heads": 2}),
+}
 PAIRS = ("bart", "pegasus", "m2m_100", "marian")
 ENCODERS = ("roberta", "electra", "distilbert")
 DECODERS = tuple(name for name in CONFIGS if name not in (*ENCODERS, *PAIRS))
@@ -50,7 +58,7 @@ def reference(family: str, head: str = "", **changes):
     import transformers
 
     torch.manual_seed(0)
-    name, kwargs = CONFIGS[family]
+    name, kwargs = {**CONFIGS, **SPECIAL}[family]
     config = getattr(transformers, f"{name}Config")(**{**kwargs, **changes})
     config.pad_token_id, config.eos_token_id, config.bos_token_id = 0, 1, 1
     head = head or ("masked_lm" if family in ENCODERS else "lm")

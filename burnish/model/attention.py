@@ -1,13 +1,13 @@
 """Self-attention: which key each query sees, and the product over them.
 
 Visibility is a function of (query, key): `visibility` builds it once per forward as one mask for all layers, so that
-padding, packed documents, a cache and a prefix are handled in one place. `narrow` makes of it what the layers with a
-sliding window see: keys less than `sliding_window` positions back, and a prefix always.
+padding, packed documents, a cache and a prefix are handled in one place. `narrow` leaves of it what a pattern shows
+(`model/patterns.py`): that of the layers with a sliding window, or one that a technique gives to all layers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from burnish.model.cache import KVCache, Prefix
 from burnish.model.linear import Linear
 from burnish.model.norm import norm
+from burnish.model.patterns import Pattern, causal
 from burnish.model.positions import alibi_slopes, relative_buckets, rotate
 from burnish.model.spec import Spec
 
@@ -94,7 +95,7 @@ def visibility(
             seen = seen & (segments[:, :, None] == segments[:, None, :])
         key_positions = positions
     if spec.causal:
-        seen = seen & (slots[None, :] <= steps[:, None])
+        seen = seen & causal(steps[:, None], slots[None, :])
     seen = seen | (slots[None, :] == steps[:, None])
 
     if prefix is not None:
@@ -118,21 +119,25 @@ def visibility(
     return bias.masked_fill(~mask, float("-inf")).to(dtype), False
 
 
-def narrow(spec: Spec, frame: Frame, positions: Tensor) -> tuple[Tensor | None, bool]:
-    """(mask, causal) of the sliding layers, from the `frame` of the others and the queries' positions (B, T)."""
-    cache, length = frame.cache, frame.length
-    keys = length if cache is None else cache.length
-    if keys <= spec.sliding_window:
-        return frame.mask, frame.causal
-    key_positions = positions if cache is None else cache.positions[:, :keys]
-    seen = key_positions[:, None, :] > positions[:, :, None] - spec.sliding_window  # (B, T, S)
+def narrow(pattern: Pattern, spec: Spec, frame: Frame, positions: Tensor) -> Frame:
+    """The `frame` of layers that see of it only what `pattern` shows, for queries at `positions` (B, T).
+
+    A prefix is seen from anywhere.
+    """
+    cache = frame.cache
+    if pattern.covers(frame.length if cache is None else cache.length):
+        return frame
+    key_positions = positions if cache is None else cache.positions[:, : cache.length].clamp(min=0)
+    seen = pattern(positions[:, :, None], key_positions[:, None, :], spec.causal)  # (B, T, S)
     if cache is not None and cache.prefix:
         seen[:, :, : cache.prefix] = True
     if frame.prefix is not None:
         seen = F.pad(seen, (frame.prefix.size, 0), value=True)
+    mask = seen[:, None]
     if frame.mask is not None:
-        return frame.mask & seen[:, None], False
-    return (seen & torch.ones(length, keys, dtype=torch.bool, device=seen.device).tril(keys - length))[:, None], False
+        additive = frame.mask.dtype != torch.bool
+        mask = frame.mask.masked_fill(~mask, float("-inf")) if additive else frame.mask & mask
+    return replace(frame, mask=mask, causal=False)
 
 
 class Attention(nn.Module):

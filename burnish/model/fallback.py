@@ -5,7 +5,9 @@ projections of its layers are replaced in place by burnish's `Linear`, on which 
 runs as transformers wrote it; `logits` runs transformers' own head on given hidden states, with the body left out.
 
 Limits: a projection whose weight its layer reads directly stays transformers' own. Code that a checkpoint brings is
-never run. Documents are packed only where a short trial shows that the model keeps them apart.
+never run. Documents are packed, and attention patterns obeyed, only where a short trial shows that the model's tokens
+mix in attention alone, which takes the masks that it is given: through transformers' registry (`model/registry.py`)
+where every layer asks it, else as 4-D masks, which go without patterns.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from burnish.config import UserError
-from burnish.model.attention import visibility
+from burnish.model.attention import Frame, narrow, visibility
 from burnish.model.cache import KVCache, Prefix
-from burnish.model.foreign import CLASSES, LORA_TARGETS, construct, read_config, rejections, replace_projections
+from burnish.model.foreign import CLASSES, LORA_TARGETS, Given, construct, read_config, rejections, replace_projections
 from burnish.model.linear import Linear
 from burnish.model.network import Layout, Network
+from burnish.model.patterns import Pattern
+from burnish.model.registry import registered, showing
 from burnish.model.spec import Spec
 
 HALF = (torch.bfloat16, torch.float16)
@@ -54,34 +58,12 @@ class Cache(KVCache):
         self.states.reorder_cache(rows)
 
 
-class States(tuple):
-    """A body's output as heads read it, by number or by name; what is not there is None."""
-
-    last_hidden_state = property(lambda self: self[0])
-    pooler_output = property(lambda self: self[1])
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return None
-
-
-class Given(nn.Module):
-    """Stands where the body stood and gives hidden states (N, 1, hidden) that are known already."""
-
-    def __init__(self, hidden: Tensor, pooler: nn.Module | None):
-        super().__init__()
-        self.states = States((hidden, None if pooler is None else pooler(hidden)))
-
-    def forward(self, *args: Any, **kwargs: Any) -> States:
-        return self.states
-
-
 class Foreign(Network):
     """A transformers model as a Network. It has the model's own children, so that paths are the model's.
 
     `hf` is the model, `root` the path of its body and `stacks` those of the lists of layers in it (there may be none);
-    `accepts` are the names that the body's forward takes.
+    `accepts` are the names that the body's forward takes, `registered` tells whether transformers' registry gives every
+    layer its attention.
     """
 
     hf: Any
@@ -123,6 +105,7 @@ class Foreign(Network):
         self.body = tuple(f"{self.root}{path}." for path in self.stacks) or (self.root,)
         self.accepts = set(inspect.signature(hf.base_model.forward).parameters)
         self.stateful = "cache_params" in self.accepts
+        self.registered = registered(self.all_layers)
         self.head_names = [f"{path}.{name}" for path, m in self.head_paths() for name in m.state_dict()]  # unchanged
         tables = (m for path, m in hf.base_model.named_modules() if "position" in path and isinstance(m, nn.Embedding))
         self.offset = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
@@ -241,6 +224,14 @@ class Foreign(Network):
 
         return DynamicCache(config=self.hf.config)
 
+    def obey(self, pattern: Pattern) -> None:
+        if not self.registered:
+            raise UserError(
+                f"a {self.spec.family} model, run by transformers, does not take its attention from transformers' "
+                "registry; no pattern reaches it"
+            )
+        super().obey(pattern)
+
     def train(self, mode: bool = True) -> Foreign:
         self.hf.training = mode  # it is no child: its children are
         return super().train(mode)  # type: ignore[return-value]
@@ -269,23 +260,48 @@ class Foreign(Network):
         valid = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
         positions = self.positions(batch, length, valid, position_ids, cache, prefix, x.device)
         self.check_padding(valid)
-        if segment_ids is not None and not self.keeps_apart():
-            raise UserError(
-                f"packing: this {self.spec.family} model, run by transformers, does not keep packed documents apart; "
-                "set packing: false"
-            )
         if prefix is not None:
             cache = self.new_cache(batch, prefix.size + length)
             cache.load(prefix)
         if cache is not None:
             cache.reserve(valid, positions)
         mask = valid
-        if segment_ids is not None:
-            seen, _ = visibility(self.spec, positions, valid, segment_ids, None, prefix, x.dtype)
-            mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, torch.finfo(x.dtype).min)  # type: ignore
-        elif cache is not None and not self.stateful:
+        if cache is not None and not self.stateful:
             mask = cache.valid[:, : cache.length] if cache.holes else None
-        return self.run(x, mask, positions, token_type_ids, cache, source)
+        shown = self.shown(self.spec.decoder, positions, valid, segment_ids, cache, prefix)
+        if shown is not None:
+            mask = None
+            if not self.registered:
+                mask = torch.zeros_like(shown, dtype=x.dtype).masked_fill_(~shown, torch.finfo(x.dtype).min)
+                shown = None
+        with showing(self.hf.config, shown, self.spec.decoder.causal):
+            return self.run(x, mask, positions, token_type_ids, cache, source)
+
+    def shown(
+        self,
+        spec: Spec,
+        positions: Tensor,
+        valid: Tensor | None,
+        segments: Tensor | None = None,
+        cache: Cache | None = None,
+        prefix: Prefix | None = None,
+    ) -> Tensor | None:
+        """What packed documents and a pattern let be seen, padding included: bool (B, 1, T, S), None without them.
+
+        Raises UserError for a model that takes no masks, or whose tokens mix elsewhere too.
+        """
+        if segments is None and self.pattern is None:
+            return None
+        if not self.keeps_apart():
+            problem = "mixes tokens in a way that takes no mask; no pattern reaches it"
+            if segments is not None:
+                problem = "does not keep packed documents apart; set packing: false"
+            raise UserError(f"this {spec.family} model, run by transformers, {problem}")
+        cache, prefix = (cache, None) if segments is None else (None, prefix)  # the cache, too, holds the prefix
+        mask, causal = visibility(spec, positions, valid, segments, cache, prefix, self.dtype)
+        batch, length = positions.shape
+        frame = Frame(batch, length, mask, causal, None, cache, prefix)
+        return (frame if self.pattern is None else narrow(self.pattern, spec, frame, positions)).mask
 
     def check_padding(self, valid: Tensor | None) -> None:
         """Raise UserError for rows that begin with padding (B, T) in a model that counts positions by itself."""
@@ -342,27 +358,32 @@ class Foreign(Network):
 
     @torch.no_grad()
     def keeps_apart(self) -> bool:
-        """Whether two short documents in one row give what each alone gives; tried once."""
+        """Whether masks keep tokens apart, so that what they should not see changes nothing; tried once."""
         if self.apart is not None:
             return self.apart
-        self.apart = not self.stateful and getattr(self.hf.config, "sliding_window", None) is None
+        slides = getattr(self.hf.config, "sliding_window", None) is not None
+        self.apart = not self.stateful and (self.registered or not slides)
         if not self.apart:
             return False
-        training = self.training
+        training, pattern = self.training, self.pattern
         try:
             self.eval()
-            x = self.embed(torch.arange(8, device=self.embed_tokens.weight.device)[None])  # (1, 8, width)
-            segments = torch.arange(8, device=x.device)[None] // 4
-            packed = self(
-                inputs_embeds=x, position_ids=torch.arange(8, device=x.device)[None] % 4, segment_ids=segments
-            )
-            alone = self(inputs_embeds=x.view(2, 4, -1)).view_as(packed)
-            self.apart = bool((packed - alone).norm() <= 0.02 * alone.norm())
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+            got, want = self.trial()
+            rounding = 0.02 if self.dtype in HALF else 1e-3
+            self.apart = bool((got - want).norm() <= rounding * want.norm())
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError):
             self.apart = False
         finally:
             self.train(training)
+            self.pattern = pattern
         return self.apart
+
+    def trial(self) -> tuple[Tensor, Tensor]:
+        """What two short documents give in one row, and what each alone gives."""
+        places = torch.arange(8, device=self.embed_tokens.weight.device)[None]
+        x = self.embed(places)  # (1, 8, width)
+        packed = self(inputs_embeds=x, position_ids=places % 4, segment_ids=places // 4)
+        return packed, self(inputs_embeds=x.view(2, 4, -1)).view_as(packed)
 
     def logits(self, hidden: Tensor) -> Tensor:
         flat = hidden.reshape(-1, 1, hidden.shape[-1])

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from burnish.config import UserError
 from burnish.model.fallback import Foreign
+from burnish.model.patterns import Window
+from burnish.model.registry import showing
 from burnish.model.seq2seq import Source
 from burnish.model.spec import Spec
 
@@ -77,7 +79,8 @@ class ForeignPair(Foreign):
         self.check_padding(valid)
         factor = self.embedding_factor() if self.factor is None else self.factor
         x = embeds.to(self.dtype) * factor
-        with self.precision():
+        positions = self.positions(len(x), x.shape[1], valid, None, None, None, x.device)
+        with self.precision(), showing(self.hf.config, self.shown(self.spec, positions, valid), causal=False):
             states = self.hf.get_encoder()(inputs_embeds=x, attention_mask=None if valid is None else valid.long())[0]
         return Source(states, None if valid is None else valid[:, None, None], kept)
 
@@ -88,6 +91,7 @@ class ForeignPair(Foreign):
         Tried once, on four tokens. Raises UserError where neither gives the logits that the model itself gives.
         """
         training, ids = self.training, torch.arange(4, device=self.embed_tokens.weight.device)[None]
+        pattern, self.pattern = self.pattern, None
         ids = (ids + self.hf.config.pad_token_id + 1) % self.spec.vocab_size  # padding has no position
         scale = getattr(self.hf.get_encoder(), "embed_scale", 1.0)
         try:
@@ -103,4 +107,17 @@ class ForeignPair(Foreign):
             self.factor = None
         finally:
             self.train(training)
+            self.pattern = pattern
         raise UserError(f"a {self.spec.family} model computes in a way of its own: its logits cannot be reproduced")
+
+    def trial(self) -> tuple[Tensor, Tensor]:
+        """What a token that sees only itself gives, on both sides, beside two kinds of others."""
+        self.pattern = Window(1)
+        ids = torch.arange(8, device=self.embed_tokens.weight.device).view(2, 4)
+        ids = (ids + self.hf.config.pad_token_id + 1) % self.spec.vocab_size
+        ids[1, 3] = ids[0, 3]
+        x = self.embed(ids)
+        source = self.read(x, None, False)
+        shared = Source(source.states[:1].expand_as(source.states), None)
+        found = torch.cat((source.states, super().forward(inputs_embeds=x, source=shared)), dim=2)[:, 3]
+        return found[0], found[1]

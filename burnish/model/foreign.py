@@ -11,7 +11,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from burnish.config import UserError, nearest
@@ -189,6 +189,29 @@ def replace_projections(base: nn.Module, layers: tuple[str, ...]) -> set[str]:
         if turned:
             transposed.add(f"{path}.weight")
     return transposed
+
+
+class States(tuple):
+    """A body's output as heads read it, by number or by name; what is not there is None."""
+
+    last_hidden_state = property(lambda self: self[0])
+    pooler_output = property(lambda self: self[1])
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+class Given(nn.Module):
+    """Stands where the body stood and gives hidden states (N, 1, hidden) that are known already."""
+
+    def __init__(self, hidden: Tensor, pooler: nn.Module | None):
+        super().__init__()
+        self.states = States((hidden, None if pooler is None else pooler(hidden)))
+
+    def forward(self, *args: Any, **kwargs: Any) -> States:
+        return self.states
 
 
 @cache

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish.model.cache import KVCache, Prefix
+from burnish.model.patterns import Pattern
 from burnish.model.spec import Spec
 
 
@@ -49,6 +50,7 @@ class Network(nn.Module):
     techniques: nn.ModuleDict
     compute_dtype: torch.dtype | None
     gradient_checkpointing: bool
+    pattern: Pattern | None = None
     if TYPE_CHECKING:
         embed_tokens: nn.Embedding
         layers: nn.ModuleList
@@ -69,6 +71,10 @@ class Network(nn.Module):
     def converted(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by `layout`'s names, as a checkpoint stores them."""
         return tensors
+
+    def obey(self, pattern: Pattern) -> None:
+        """Let every layer's self-attention see only what `pattern` shows."""
+        self.pattern = pattern
 
     def set_head(self, spec: Spec) -> None:
         """Give the network the head that `spec` names; the body stays, and so does a pooler. New matrices are not

@@ -125,6 +125,7 @@ class Seq2Seq(Transformer):
             if cache is not None:
                 cache.source = source
         decoder.compute_dtype, decoder.gradient_checkpointing = self.compute_dtype, self.gradient_checkpointing
+        decoder.pattern = self.pattern
         embeds = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[arg-type]
         hidden = decoder(inputs_embeds=embeds, cache=cache, source=source, **given)
         return hidden * self.spec.logit_scale if self.spec.logit_scale else hidden

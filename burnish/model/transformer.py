@@ -23,6 +23,7 @@ from burnish.model.families import layout
 from burnish.model.linear import Linear
 from burnish.model.network import Layout, Network
 from burnish.model.norm import norm
+from burnish.model.patterns import Window
 from burnish.model.positions import inverse_frequencies, rotary_angles, rotary_scale
 from burnish.model.spec import Spec
 
@@ -166,7 +167,8 @@ class Transformer(Network):
         return [part for part in parts if part is not None]
 
     def record(self, embeds: Tensor) -> tuple[Tensor, Prefix] | None:
-        if not self.spec.causal or self.spec.sliding_layers or self.gradient_checkpointing:
+        everything = self.spec.causal and not self.spec.sliding_layers and self.pattern is None
+        if not everything or self.gradient_checkpointing:
             return None
         recorder = Recorder(self.spec, embeds.shape[1], self.dtype, embeds.device)
         return self(inputs_embeds=embeds, cache=recorder), recorder.as_prefix()
@@ -230,6 +232,8 @@ class Transformer(Network):
 
         real = None if valid is None else valid.flatten().nonzero().squeeze(1)
         frame = Frame(batch, length, mask, causal, rotary, cache, prefix, real, source)
+        if self.pattern is not None:
+            frame = narrow(self.pattern, self.spec, frame, positions)
         frames: Iterable[Frame] = repeat(frame)
         if self.spec.sliding_layers:
             near = self.near(frame, positions, x.dtype)
@@ -248,11 +252,11 @@ class Transformer(Network):
 
     def near(self, frame: Frame, positions: Tensor, dtype: torch.dtype) -> Frame:
         """The frame of the sliding layers, from that of the others."""
-        mask, causal = narrow(self.spec, frame, positions)
-        rotary = frame.rotary
-        if self.spec.rope_local_theta:
-            rotary = rotary_angles(positions, inverse_frequencies(self.spec, positions.device, local=True), dtype)
-        return replace(frame, mask=mask, causal=causal, rotary=rotary)
+        frame = narrow(Window(self.spec.sliding_window), self.spec, frame, positions)
+        if not self.spec.rope_local_theta:
+            return frame
+        frequencies = inverse_frequencies(self.spec, positions.device, local=True)
+        return replace(frame, rotary=rotary_angles(positions, frequencies, dtype))
 
     def logits(self, hidden: Tensor) -> Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1])

@@ -149,8 +149,8 @@ def rebuild(model: Model, adapter: Adapter) -> dict[str, Entry]:
         return tensors
     where = str(adapter.folder / "adapter_config.json")
     if virtual_tokens.holds(adapter.record):
-        found = virtual_tokens.read(adapter.record, adapter.tensors, where)
-        return virtual_tokens.rebuild(model, adapter.saved or found, adapter.tensors)
+        prompt = virtual_tokens.read(adapter.record, adapter.tensors, where)
+        return virtual_tokens.rebuild(model, adapter.saved or prompt, adapter.tensors)
     if adapter.technique == "lora":
         config, tensors = lora_of(model.net, adapter)
         if not any(lora.shared(model.net, path) for path in config["modules_to_save"] or ()):
