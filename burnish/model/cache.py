@@ -38,8 +38,11 @@ class KVCache:
     """Per-layer keys and values of shape (B, kv_heads, capacity, head_dim), filled from slot 0 on.
 
     `valid` (B, capacity) marks slots that hold a real token, `positions` (B, capacity) their position; the first
-    `prefix` slots hold a prefix. `source` is what the rows of an encoder-decoder attend to.
+    `prefix` slots hold a prefix. `source` is what the rows of an encoder-decoder attend to. `shortens` tells whether
+    the last tokens can be taken back.
     """
+
+    shortens = True
 
     def __init__(self, spec: Spec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
         shape = (spec.num_layers, batch, spec.num_kv_heads, capacity, spec.head_dim)
@@ -87,6 +90,11 @@ class KVCache:
         self.keys[layer, :, :, start : self.length] = keys
         self.values[layer, :, :, start : self.length] = values
         return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
+
+    def shorten(self, length: int) -> None:
+        """Take back what is beyond the first `length` slots."""
+        self.length = length
+        self.valid[:, length:] = False
 
     def as_prefix(self) -> Prefix:
         """What a cache of one row holds, to stand before others."""

@@ -42,6 +42,8 @@ class Cache(KVCache):
     def __init__(self, net: Foreign, rows: int, capacity: int):
         super().__init__(replace(net.spec, num_layers=0), rows, capacity, net.dtype, net.embed_tokens.weight.device)
         self.states: Any = net.new_states()
+        slides = any(getattr(layer, "is_sliding", False) for layer in getattr(self.states, "layers", ()))
+        self.shortens = not net.stateful and not slides
 
     def load(self, prefix: Prefix) -> None:
         super().load(Prefix(prefix.keys[:0], prefix.values[:0], prefix.lengths))
@@ -56,6 +58,10 @@ class Cache(KVCache):
     def select(self, rows: Tensor) -> None:
         super().select(rows)
         self.states.reorder_cache(rows)
+
+    def shorten(self, length: int) -> None:
+        super().shorten(length)
+        self.states.crop(length)
 
 
 class Foreign(Network):

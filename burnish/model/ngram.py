@@ -43,6 +43,8 @@ def ngram_spec(config: dict[str, Any]) -> Spec:
 class Window(KVCache):
     """The last ids of each row, (B, order - 1) from old to new, and how many tokens the row has had."""
 
+    shortens = False
+
     def __init__(self, spec: Spec, rows: int, device: torch.device):
         super().__init__(spec, rows, 0, torch.float32, device)
         self.ids = torch.zeros(rows, spec.hidden_size, device=device)

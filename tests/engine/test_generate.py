@@ -16,7 +16,10 @@ import burnish
 from burnish import cli
 from burnish.chain import apply, forward
 from burnish.config import UserError
-from burnish.engine.generate import BROKEN, Detokenizer, Generation, GenerationConfig, eos_ids, generate, stream
+from burnish.engine.decoding import GenerationConfig
+from burnish.engine.detokenizer import BROKEN, Detokenizer
+from burnish.engine.generate import generate, stream
+from burnish.engine.reply import Generation, eos_ids
 from burnish.model.bundle import Context, Model
 from burnish.model.example import IGNORE, Example
 from burnish.store.batch import collate
@@ -242,6 +245,12 @@ def test_chat_prompts_and_labelled_examples(root):
         ({"stop": ["a", ""]}, "stop: a list of non-empty texts"),
         ({"batch_size": 0}, "batch_size: must be at least 1"),
         ({"top_k": 50}, "top_k: acts only .* do_sample"),
+        ({"min_p": 0.1}, "min_p: acts only .* do_sample"),
+        ({"num_beams": 4, "do_sample": True}, "beam search draws nothing"),
+        ({"num_beams": 4, "num_beam_groups": 3}, "4 beams do not make 3 equal groups"),
+        ({"diversity_penalty": 1.0}, "set num_beam_groups"),
+        ({"penalty_alpha": 0.5}, "set top_k to 2 or more"),
+        ({"num_beams": 2, "prompt_lookup_num_tokens": 4}, "beam search and speculation do not go together"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):

@@ -1,0 +1,163 @@
+"""Beam search, contrastive search, speculation and penalties: against transformers, or against plain forwards."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import tiny_foreign
+import torch
+from test_generate import PROMPTS, load
+
+import burnish
+from burnish.config import UserError
+from burnish.engine.decoding import GenerationConfig
+from burnish.engine.generate import generate
+from burnish.engine.reply import eos_ids
+from burnish.engine.speculation import looked_up
+from burnish.model.bundle import Model
+from burnish.model.example import IGNORE, Example
+from burnish.model.ngram import count, ngram_spec
+
+FAMILIES = ["llama", "bloom", "t5"]
+
+
+def theirs(family, model, text, **settings):
+    """transformers' reply to one prompt."""
+    reference = tiny.reference(family)
+    ids = torch.tensor([model.tokenizer(text)["input_ids"]])
+    found = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **settings)[0]
+    return found[1 if model.spec.paired else ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "length_penalty": 2.0},
+        {"num_beams": 4, "length_penalty": -1.0, "early_stopping": True},
+        {"num_beams": 2, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beam_search_equals_transformers(root, family, settings):
+    model = burnish.load(tiny.folder(root, family))
+    for done, text in zip(
+        generate(model, PROMPTS, GenerationConfig(max_new_tokens=10, **settings)), PROMPTS, strict=True
+    ):
+        assert done.ids == theirs(family, model, text, max_new_tokens=10, **settings)
+
+
+def likelihood(model, prompt, ids):
+    """log p(ids | prompt)."""
+    start = model.tokenizer(prompt)["input_ids"]
+    with torch.no_grad():
+        logs = model.net.logits(model.net(torch.tensor([[*start, *ids]])))[0].log_softmax(-1)
+    return sum(float(logs[len(start) - 1 + at, token]) for at, token in enumerate(ids))
+
+
+def test_more_beams_find_likelier_replies_and_all_of_them_the_likeliest(root):
+    model = load(root)
+    config = {"max_new_tokens": 3, "min_new_tokens": 3, "length_penalty": 0.0}
+    found = [generate(model, PROMPTS[:1], GenerationConfig(num_beams=n, **config))[0].ids for n in (1, 2, 40)]
+    scores = [likelihood(model, PROMPTS[0], ids) for ids in found]
+    assert scores[0] <= scores[1] <= scores[2]
+
+
+def test_groups_keep_apart_as_the_definition_says(root):
+    """Groups of one beam: each takes the best token after the penalty for what earlier groups took in this step."""
+    model = load(root)
+    config = GenerationConfig(
+        max_new_tokens=5, min_new_tokens=5, num_beams=3, num_beam_groups=3, diversity_penalty=1.5, length_penalty=0.0
+    )
+    ends = list(eos_ids(model))
+    texts, totals = [[], [], []], [0.0, 0.0, 0.0]
+    start = model.tokenizer(PROMPTS[1])["input_ids"]
+    for _ in range(5):
+        taken = torch.zeros(model.spec.vocab_size)
+        for group in range(3):
+            with torch.no_grad():
+                logs = model.net.logits(model.net(torch.tensor([start + texts[group]])))[0, -1].log_softmax(-1)
+            logs[ends] = float("-inf")
+            scores = logs - 1.5 * taken + totals[group]
+            token = int(scores.argmax())
+            totals[group] = float(scores[token])
+            texts[group] = [*texts[group], token]
+            taken[token] += 1
+    best = max(range(3), key=lambda group: totals[group])
+    assert generate(model, [PROMPTS[1]], config)[0].ids == texts[best]
+    assert len({tuple(text) for text in texts}) == 3
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_contrastive_search_is_the_definition(root, family):
+    model, alpha, k = load(root, family), 0.6, 4
+    config = GenerationConfig(max_new_tokens=8, min_new_tokens=8, penalty_alpha=alpha, top_k=k)
+    for text, done in zip(PROMPTS, generate(model, PROMPTS, config), strict=True):
+        ids = list(model.tokenizer(text)["input_ids"])
+        prompt = len(ids)
+        for _ in range(8):
+            with torch.no_grad():
+                hidden = model.net(torch.tensor([ids]))[0]
+                logits = model.net.logits(hidden[-1])
+                logits[list(eos_ids(model))] = float("-inf")
+                chances, tokens = logits.softmax(-1).topk(k)
+                scores = []
+                for chance, token in zip(chances, tokens, strict=True):
+                    state = model.net(torch.tensor([[*ids, int(token)]]))[0, -1]
+                    near = torch.cosine_similarity(state[None], hidden).max()
+                    scores.append(float((1 - alpha) * chance - alpha * near))
+            ids.append(int(tokens[max(range(k), key=lambda at: scores[at])]))
+        assert done.ids == ids[prompt:]
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True, "temperature": 0.7}, {"repetition_penalty": 1.2}])
+@pytest.mark.parametrize("family", ["llama", "bloom", "t5", "stablelm"])
+def test_speculation_changes_no_reply(root, monkeypatch, family, settings):
+    folder = tiny_foreign.folder if family == "stablelm" else tiny.folder
+    model = burnish.load(folder(root, family)) if family in ("t5", "stablelm") else load(root, family)
+    prompts = [*PROMPTS, "the cat sees the dog , the cat sees the dog , the cat sees"]
+    config = {"max_new_tokens": 24, "min_new_tokens": 20, **settings}
+    plain = generate(model, prompts, GenerationConfig(**config))
+    calls = []
+    logits = type(model.net).logits
+    monkeypatch.setattr(type(model.net), "logits", lambda self, hidden: calls.append(1) or logits(self, hidden))
+    guessed = generate(model, prompts, GenerationConfig(prompt_lookup_num_tokens=4, **config))
+    assert guessed == plain
+    if not settings:
+        assert len(calls) < sum(len(done.ids) for done in plain)  # some guesses were right
+
+
+def test_speculation_with_soft_prompts(root):
+    chain = [{"prompt_tuning": {"num_virtual_tokens": 3}}, {"prefix_tuning": {"num_virtual_tokens": 2}}]
+    model = load(root, techniques=chain)
+    config = {"max_new_tokens": 16, "min_new_tokens": 16}
+    assert generate(model, PROMPTS, GenerationConfig(prompt_lookup_num_tokens=3, **config)) == generate(
+        model, PROMPTS, GenerationConfig(**config)
+    )
+
+
+def test_guesses_follow_the_latest_longest_agreement():
+    assert looked_up([1, 2, 3, 9, 1, 2, 3], 3) == [9, 1, 2]
+    assert looked_up([5, 3, 1, 4, 3], 2) == [1, 4]
+    assert looked_up([3, 7, 3, 8, 3], 1) == [8]
+    assert looked_up([1, 2], 3) == [] and looked_up([4], 3) == []
+
+
+def test_a_state_cannot_be_taken_back():
+    net = count(ngram_spec({"vocab_size": 9, "order": 2}), [[1, 2, 3]])
+    prompt = Example([1, 2], [IGNORE] * 2)
+    with pytest.raises(UserError, match="cannot be taken back"):
+        generate(Model(net, None, {}), [prompt], GenerationConfig(prompt_lookup_num_tokens=2))
+
+
+def test_penalties_and_stop_tokens_in_the_loop(root):
+    model = load(root)
+    plain = generate(model, PROMPTS, GenerationConfig(max_new_tokens=12, min_new_tokens=12))
+    hard = generate(model, PROMPTS, GenerationConfig(max_new_tokens=12, min_new_tokens=12, presence_penalty=1e4))
+    assert all(len(set(done.ids)) == 12 for done in hard) and any(len(set(done.ids)) < 12 for done in plain)
+    apart = generate(model, PROMPTS, GenerationConfig(max_new_tokens=12, min_new_tokens=12, no_repeat_ngram_size=1))
+    for text, done in zip(PROMPTS, apart, strict=True):
+        assert not set(done.ids) & set(model.tokenizer(text)["input_ids"]) and len(set(done.ids)) == 12
+    token = plain[0].ids[4]
+    stopped = generate(model, PROMPTS[:1], GenerationConfig(max_new_tokens=12, stop_token_ids=[token]))[0]
+    assert stopped.finish_reason == "stop" and stopped.ids == plain[0].ids[: plain[0].ids.index(token) + 1]
