@@ -3,10 +3,10 @@
     window:   |i - j| < sliding_window
     bigbird:  block(j) is global, near block(i), or one of those drawn for it; global blocks see everything
 
-Sources: "Longformer" (arXiv 2004.05150), section 3.1, and "Big Bird" (arXiv 2007.14062), section 2 and appendix D,
-whose blocks of 64, 2 of them global, 3 near and 3 drawn are the defaults. In a decoder nothing sees what follows it,
-and blocks are drawn from earlier ones. Positions count the tokens of a document, so that padding, packing and a cache
-change nothing; a prefix is seen from anywhere. Where the model has sliding windows of its own, both hold. Of an
+Sources: "Longformer" (arXiv 2004.05150), section 3.1, and "Big Bird" (arXiv 2007.14062), section 2 and appendices D
+and E, whose blocks of 64, 2 of them global, 3 near and 3 drawn are the defaults. In a decoder nothing sees what follows
+it, and blocks are drawn from earlier ones. Positions count the tokens of a document, so that padding, packing and a
+cache change nothing; a prefix is seen from anywhere. Where the model has sliding windows of its own, both hold. Of an
 encoder-decoder it is self-attention that changes, on both sides.
 
 Limits: it is a mask over dense attention, which computes what a block-sparse kernel would leave out: it saves neither
@@ -28,11 +28,9 @@ from burnish.model.patterns import BigBird, Window
 
 @dataclass(frozen=True)
 class Config:
-    """`sliding_window` is the window's, in positions, the query's own included; the others are BigBird's.
-
-    `block_size` counts positions; `global_blocks` are at the beginning, `window_blocks`, an odd number, around the
-    query's own, `random_blocks` are drawn for each block from `seed`.
-    """
+    """`sliding_window` counts positions, the query's own included, to either side in an encoder. The others are
+    BigBird's: `block_size` counts positions, `global_blocks` are at the beginning, `window_blocks`, an odd number,
+    around the query's own, and `random_blocks` are drawn for each block from `seed`."""
 
     pattern: Literal["window", "bigbird"] = "bigbird"
     sliding_window: int = 512
