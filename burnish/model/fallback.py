@@ -16,7 +16,6 @@ import copy
 import inspect
 import re
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from torch import Tensor, nn
 
 from burnish.config import UserError
 from burnish.model.attention import Frame, narrow, visibility
-from burnish.model.cache import KVCache, Prefix
+from burnish.model.cache import Prefix
+from burnish.model.fallback_cache import Cache
 from burnish.model.foreign import CLASSES, LORA_TARGETS, Given, construct, read_config, rejections, replace_projections
 from burnish.model.linear import Linear
 from burnish.model.network import Layout, Network
@@ -34,34 +34,6 @@ from burnish.model.registry import registered, showing
 from burnish.model.spec import Spec
 
 HALF = (torch.bfloat16, torch.float16)
-
-
-class Cache(KVCache):
-    """transformers' cache, with what burnish knows of its slots."""
-
-    def __init__(self, net: Foreign, rows: int, capacity: int):
-        super().__init__(replace(net.spec, num_layers=0), rows, capacity, net.dtype, net.embed_tokens.weight.device)
-        self.states: Any = net.new_states()
-        slides = any(getattr(layer, "is_sliding", False) for layer in getattr(self.states, "layers", ()))
-        self.shortens = not net.stateful and not slides
-
-    def load(self, prefix: Prefix) -> None:
-        super().load(Prefix(prefix.keys[:0], prefix.values[:0], prefix.lengths))
-        rows = (len(self.valid), -1, -1, -1)
-        for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-            self.states.update(keys.expand(rows), values.expand(rows), layer)
-
-    def as_prefix(self) -> Prefix:
-        keys, values = ([getattr(layer, name) for layer in self.states.layers] for name in ("keys", "values"))
-        return Prefix(torch.stack(keys), torch.stack(values))
-
-    def select(self, rows: Tensor) -> None:
-        super().select(rows)
-        self.states.reorder_cache(rows)
-
-    def shorten(self, length: int) -> None:
-        super().shorten(length)
-        self.states.crop(length)
 
 
 class Foreign(Network):
