@@ -10,6 +10,7 @@ from torch import Tensor
 from burnish.chain import Model
 from burnish.engine import sampling
 from burnish.engine.decoding import GenerationConfig
+from burnish.engine.guide import Guide
 from burnish.engine.reply import Ends, Row
 
 
@@ -25,6 +26,9 @@ class Chooser:
     def __init__(self, model: Model, config: GenerationConfig, ends: Ends):
         self.config, self.vocab = config, model.spec.vocab_size
         self.forced = first_id(model)
+        self.guide: Guide | None = None
+        if config.choices or config.json_schema:
+            self.guide = Guide(model, config.choices, config.json_schema, sorted(ends))
         self.eos = [token for token, reason in ends.items() if reason == "eos"]
 
     def scores(self, logits: Tensor, rows: Sequence[Row], texts: Sequence[list[int]], step: int) -> Tensor:
@@ -39,6 +43,8 @@ class Chooser:
         if config.no_repeat_ngram_size:
             whole = [[*row.past, *text] for row, text in zip(rows, texts, strict=True)]
             logits = sampling.no_repeat_ngram(logits, whole, config.no_repeat_ngram_size)
+        if self.guide:
+            logits = self.guide(logits, texts)
         if step == 0 and self.forced is not None:
             logits = torch.full_like(logits, sampling.NEVER)
             logits[:, self.forced] = 0.0

@@ -58,6 +58,10 @@ class GenerationConfig:
     prompt_lookup_num_tokens: int = _field(
         0, "speculation: so many tokens are guessed from the text so far and tried at once; the reply is the same"
     )
+    choices: list[str] = field(
+        default_factory=list, metadata={"help": "the reply is one of these texts, a space before it apart"}
+    )
+    json_schema: dict[str, Any] = field(default_factory=dict, metadata={"help": "the reply is JSON of this schema"})
     stop: list[str] = field(
         default_factory=list, metadata={"help": 'texts that end the reply and are left off, as in ["\\n", "User:"]'}
     )
@@ -99,6 +103,9 @@ class GenerationConfig:
             raise UserError("diversity_penalty: acts between groups of beams; set num_beam_groups")
         if self.penalty_alpha and self.top_k < 2:
             raise UserError("penalty_alpha: contrastive search chooses among top_k tokens; set top_k to 2 or more")
+        guided = [name for name in ("choices", "json_schema") if getattr(self, name)]
+        if guided and (len(guided) > 1 or self.min_new_tokens):
+            raise UserError(f"{guided[0]}: does not go with {guided[-1] if guided[1:] else 'min_new_tokens'}")
         idle = [name for name, off in SAMPLING.items() if getattr(self, name) != off]
         if self.penalty_alpha and "top_k" in idle:
             idle.remove("top_k")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny
 import tiny_foreign
@@ -161,3 +163,28 @@ def test_penalties_and_stop_tokens_in_the_loop(root):
     token = plain[0].ids[4]
     stopped = generate(model, PROMPTS[:1], GenerationConfig(max_new_tokens=12, stop_token_ids=[token]))[0]
     assert stopped.finish_reason == "stop" and stopped.ids == plain[0].ids[: plain[0].ids.index(token) + 1]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"do_sample": True, "seed": 5}]
+)
+def test_choices_and_json(settings):
+    pytest.importorskip("llguidance")
+    model = burnish.load("pebble")
+    prompts = ["Question: What does Odile Kinlow like to eat? Answer:", "Review: dull. Sentiment:"]
+    choices = ["positive", "negative", "negative, really"]
+    found = generate(model, prompts, GenerationConfig(choices=choices, max_new_tokens=12, **settings))
+    assert all(done.text.strip() in choices and done.finish_reason == "eos" for done in found)
+    kinds = {"name": {"type": "string", "maxLength": 8}, "sure": {"type": "boolean"}}
+    schema = {"type": "object", "properties": kinds, "required": ["name", "sure"], "additionalProperties": False}
+    for done in generate(model, prompts, GenerationConfig(json_schema=schema, max_new_tokens=64, **settings)):
+        value = json.loads(done.text)
+        assert value.keys() == {"name", "sure"} and len(value["name"]) <= 8 and isinstance(value["sure"], bool)
+
+
+def test_a_schema_that_makes_no_sense():
+    pytest.importorskip("llguidance")
+    with pytest.raises(UserError, match="json_schema: "):
+        generate(burnish.load("pebble"), ["a"], GenerationConfig(json_schema={"type": "nonsense"}))
+    with pytest.raises(UserError, match="choices: does not go with min_new_tokens"):
+        GenerationConfig(choices=["a"], min_new_tokens=3)
