@@ -16,13 +16,15 @@ from burnish.engine.train import train
 from burnish.model.bundle import Model
 from burnish.model.families import read_spec
 from burnish.model.transformer import Transformer
-from burnish.store.checkpoint import save
+from burnish.store.checkpoint import load, save
 from burnish.store.data import encode_rows
 from burnish.store.rows import read_rows
+from burnish.store.take import LayersFrom, take
 from burnish.store.tensors import write_json
 from burnish.store.tokenizer import train_tokenizer
 
 TOKENIZER_ROWS = 40_000
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # the families' words for it
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class PretrainConfig(TrainConfig):
     positional: ClassVar[str] = "data"
     data: str = field(default="world", metadata={"help": "a file or hub id of text, or 'world', the embedded corpus"})
     model: dict[str, Any] = field(default_factory=dict, metadata={"help": "the new model's config.json"})
+    layers_from: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "layers of another model to start from, as in '{model: runs/big, layers: [0, 2, 4]}'"},
+    )
     documents: int = field(default=0, metadata={"help": "documents taken from the data; 0: all (needed for 'world')"})
     packing: bool = field(default=True, metadata={"help": "several documents in one row; they do not see each other"})
     bf16: bool = field(default=True, metadata={"help": "compute in bfloat16 (in float32 on a CPU without it)"})
@@ -50,14 +56,28 @@ def rows_of(config: PretrainConfig) -> list[dict[str, Any]]:
     return list(itertools.islice(rows, config.documents or None))
 
 
-def new_model(hf_config: dict[str, Any], rows: list[dict[str, Any]], seed: int) -> Model:
-    """A random network of the given config with a tokenizer trained on the rows."""
-    if "vocab_size" not in hf_config:
-        raise UserError("model: vocab_size is missing; it sizes the tokenizer and the embedding")
+def new_model(
+    hf_config: dict[str, Any], rows: list[dict[str, Any]], seed: int, layers_from: dict[str, Any] | None = None
+) -> Model:
+    """A random network of the given config with a tokenizer trained on the rows.
+
+    With `layers_from` it begins as those layers of another model do, the config is that model's but for what is given,
+    and so is the tokenizer where its embeddings are taken.
+    """
     import torch
 
-    texts = (text for row in itertools.islice(rows, TOKENIZER_ROWS) for text in texts_of(row))
-    tokenizer = train_tokenizer(texts, int(hf_config["vocab_size"]))
+    source, taken = None, None
+    if layers_from:
+        taken = from_mapping(LayersFrom, layers_from, "layers_from")
+        source = load(taken.model)
+        hf_config = {**resized(source.hf_config, taken), **hf_config}
+    if "vocab_size" not in hf_config:
+        raise UserError("model: vocab_size is missing; it sizes the tokenizer and the embedding")
+    if source is not None and taken is not None and taken.embeddings:
+        tokenizer = source.tokenizer
+    else:
+        texts = (text for row in itertools.islice(rows, TOKENIZER_ROWS) for text in texts_of(row))
+        tokenizer = train_tokenizer(texts, int(hf_config["vocab_size"]))
     config = {**hf_config, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config |= {"bos_token_id": tokenizer.bos_token_id}
     spec = read_spec(config)
@@ -67,7 +87,17 @@ def new_model(hf_config: dict[str, Any], rows: list[dict[str, Any]], seed: int) 
         raise UserError(f"model: vocab_size {spec.vocab_size} is less than the tokenizer's {len(tokenizer)} tokens")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Model(Transformer(spec).initialize(), tokenizer, config)
+        model = Model(Transformer(spec).initialize(), tokenizer, config)
+    return model if source is None or taken is None else take(model, source, taken)
+
+
+def resized(hf_config: dict[str, Any], taken: LayersFrom) -> dict[str, Any]:
+    """The config of a model with the taken layers alone, unless they are put among others."""
+    sizes: dict[str, Any] = {name: len(taken.layers) for name in DEPTHS if name in hf_config and taken.into is None}
+    kinds = hf_config.get("layer_types")
+    if sizes and kinds:
+        sizes["layer_types"] = [kinds[number] for number in taken.layers if number < len(kinds)]
+    return {**hf_config, **sizes}
 
 
 def texts_of(row: dict[str, Any]) -> list[str]:
@@ -88,7 +118,7 @@ def run(config: PretrainConfig) -> int:
     if config.output_dir is None:
         raise UserError("output_dir: pretraining needs a folder for its checkpoints and the model")
     rows = rows_of(config)
-    model = new_model(config.model, rows, config.seed)
+    model = new_model(config.model, rows, config.seed, config.layers_from)
     kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}  # a corpus may mix texts and conversations
     for row in rows:
         kinds.setdefault(tuple(row), []).append(row)
