@@ -188,9 +188,19 @@ def projected_prefix(net: Network) -> set[str]:
 
 
 BLOCKS = {"block_size": 2, "global_blocks": 1, "window_blocks": 1, "random_blocks": 1}
+
+
+def new_language_model(net: Network) -> set[str]:
+    """What stands on the body, with a matrix of its own."""
+    heads = {id(parameter) for module in net.head_modules() for parameter in module.parameters()}
+    assert not heads & {id(parameter) for parameter in net.embed_tokens.parameters()}
+    return {name for name, parameter in net.named_parameters() if id(parameter) in heads}
+
+
 ROWS = {
     "full": Row("base", everything),
     "transfer": Row("hidden", new_head),
+    "transfer: lm": Row("hidden", new_language_model, {"head": "lm"}, technique="transfer"),
     "adapters": Row("base", bottlenecks, {"size": 4}),
     "lora": Row("base", low_rank, {"r": 4, "target_modules": "all-linear"}),
     "lora: use_dora": Row(
@@ -233,6 +243,7 @@ LIMITS = (
     Limit(REFUSED, "no key projection is known", {"ia3"}, {"mamba"}),
     Limit(REFUSED, "model continues no text", {"choice_loss"}, ENCODERS),
     Limit(REFUSED, "transformers has no classifier of this kind", {"transfer"}, COUNTING | {"cohere", "mamba"}),
+    Limit(REFUSED, "encoder gets a classification head only", {"transfer: lm"}, SEQ2SEQ | {*FOREIGN_ENCODERS}),
     Limit(REFUSED, "a chain applies each once", {"nf4"}, cells={"after NF4"}),
     Limit(REFUSED, "prune before quantising", {"magnitude"}, cells={"after NF4"}),
     Limit(REFUSED, "classified examples cannot be packed, as a row has one class", {"transfer"}, cells={"packed"}),

@@ -137,9 +137,12 @@ class Foreign(Network):
         from transformers.models.auto import modeling_auto
 
         if self.spec.paired or spec.family not in getattr(modeling_auto, CLASSES[spec.head][1]):
-            raise UserError(f"transformers has no classifier of this kind: {spec.family} models get no new head")
-        table = {str(i): f"LABEL_{i}" for i in range(spec.num_labels)}
-        new = construct(read_config({**self.hf.config.to_dict(), "id2label": table, "label2id": None}), spec.head)
+            what = "classifier" if spec.head == "classification" else "language-model head"
+            raise UserError(f"transformers has no {what} of this kind: {spec.family} models get no new head")
+        changes: dict[str, Any] = {"tie_word_embeddings": spec.tied}
+        if spec.head == "classification":
+            changes |= {"id2label": {str(i): f"LABEL_{i}" for i in range(spec.num_labels)}, "label2id": None}
+        new = construct(read_config({**self.hf.config.to_dict(), **changes}), spec.head)
         techniques, old = self.techniques, self.hf.base_model
         del self.techniques
         fresh = getattr(new.base_model, "pooler", None)

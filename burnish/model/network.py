@@ -94,6 +94,21 @@ class Network(nn.Module):
         that all begin with them; None where that would not be the same."""
         return None
 
+    def levels(self) -> dict[str, int]:
+        """How far up every parameter stands: 0 the embeddings, then the layers, an encoder's before a decoder's, and
+        highest what stands on them, the final norm and the head. A tied head is the embedding."""
+        depths = {id(p): depth for depth, layer in enumerate(self.all_layers, 1) for p in layer.parameters()}
+        top, last = len(self.all_layers) + 1, 0
+        heads = {id(p) for module in self.head_modules() for p in module.parameters()}
+        heads -= {id(p) for p in self.embed_tokens.parameters()}
+        found = {}
+        for name, parameter in self.named_parameters():
+            if id(parameter) in depths:
+                found[name] = last = depths[id(parameter)]
+            elif not name.startswith("techniques."):  # between stacks it belongs to the one before
+                found[name] = top if id(parameter) in heads or last == top - 1 else last
+        return found
+
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty cache for `capacity` tokens a row."""
         raise NotImplementedError

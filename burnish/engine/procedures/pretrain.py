@@ -10,20 +10,17 @@ from typing import Any, ClassVar
 
 from burnish import chain
 from burnish.config import UserError, from_mapping, nearest, to_mapping
+from burnish.engine.procedures.new_model import new_model, texts_of
 from burnish.engine.progress import Terminal
 from burnish.engine.settings import TrainConfig
 from burnish.engine.train import train
 from burnish.model.bundle import Model
-from burnish.model.families import read_spec
 from burnish.model.ngram import NGram, count
-from burnish.model.transformer import Transformer
 from burnish.store.checkpoint import save
 from burnish.store.data import encode_rows
 from burnish.store.rows import read_rows
 from burnish.store.tensors import write_json
-from burnish.store.tokenizer import train_encoder_tokenizer, train_tokenizer
 
-TOKENIZER_ROWS = 40_000
 NGRAM = {"vocab_size": 4096, "order": 5, "architectures": ["NGramForCausalLM"]}
 
 
@@ -36,6 +33,10 @@ class PretrainConfig(TrainConfig):
     data: str = field(default="world", metadata={"help": "a file or hub id of text, or 'world', the embedded corpus"})
     model: dict[str, Any] | str = field(
         default_factory=dict, metadata={"help": "the new model's config.json, or ngram"}
+    )
+    layers_from: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "layers of another model to start from, as in '{model: runs/big, layers: [0, 2, 4]}'"},
     )
     documents: int = field(default=0, metadata={"help": "documents taken from the data; 0: all (needed for 'world')"})
     parts: list[str] = field(
@@ -63,42 +64,6 @@ def rows_of(config: PretrainConfig) -> list[dict[str, Any]]:
     return list(itertools.islice(rows, config.documents or None))
 
 
-def new_model(hf_config: dict[str, Any], rows: list[dict[str, Any]], seed: int) -> Model:
-    """A random network of the given config, or no counts yet, with a tokenizer trained on the rows."""
-    if "vocab_size" not in hf_config:
-        raise UserError("model: vocab_size is missing; it sizes the tokenizer and the embedding")
-    import torch
-
-    spec = read_spec(hf_config)
-    if spec.paired:
-        raise UserError("model: pretraining starts decoders and encoders; an encoder-decoder can be tuned")
-    if spec.kind == "encoder" and spec.head != "masked_lm":
-        raise UserError("model: an encoder is pretrained with a masked language model's head, such as BertForMaskedLM")
-    texts = (text for row in itertools.islice(rows, TOKENIZER_ROWS) for text in texts_of(row))
-    train = train_encoder_tokenizer if spec.kind == "encoder" else train_tokenizer
-    tokenizer = train(texts, int(hf_config["vocab_size"]))
-    config = {**hf_config, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config |= {"bos_token_id": tokenizer.bos_token_id}
-    if len(tokenizer) > spec.vocab_size:
-        raise UserError(f"model: vocab_size {spec.vocab_size} is less than the tokenizer's {len(tokenizer)} tokens")
-    if spec.family == "ngram":
-        return Model(NGram(spec, [0] * (spec.hidden_size)), tokenizer, config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Model(Transformer(spec).initialize(), tokenizer, config)
-
-
-def texts_of(row: dict[str, Any]) -> list[str]:
-    """Every text of a row, chat turns included."""
-    found = []
-    for value in row.values():
-        if isinstance(value, str):
-            found.append(value)
-        elif isinstance(value, list):
-            found += [turn["content"] for turn in value if isinstance(turn, dict) and "content" in turn]
-    return found
-
-
 def run(config: PretrainConfig) -> int:
     """Train, and save the model in bfloat16 in Hugging Face's format into `output_dir`."""
     import torch
@@ -107,7 +72,7 @@ def run(config: PretrainConfig) -> int:
         raise UserError("output_dir: pretraining needs a folder for its checkpoints and the model")
     rows = rows_of(config)
     hf_config = {"model_type": config.model, **NGRAM} if isinstance(config.model, str) else config.model
-    model = new_model(hf_config, rows, config.seed)
+    model = new_model(hf_config, rows, config.seed, config.layers_from)
     causal = model.spec.causal
     if not causal:  # an encoder has no turns
         rows = [{"text": "\n".join(texts_of(row))} for row in rows]

@@ -21,6 +21,7 @@ from burnish.store.checkpoint import load, save
 from burnish.store.data import encode_classification, encode_rows
 from burnish.store.hub import resolve
 from burnish.store.rows import read_rows, split_rows
+from burnish.store.take import LayersFrom, take
 from burnish.store.tensors import write_json
 
 
@@ -41,6 +42,12 @@ class TuneConfig(TrainConfig):
     train_on: Literal["completion", "all"] = field(default="completion", metadata={"help": "which tokens carry loss"})
     text_columns: list[str] = field(default_factory=list, metadata={"help": "one or two texts to classify"})
     label_column: str = field(default="", metadata={"help": "column with the class; makes it a classification"})
+    layers_from: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "layers of another model to put in first, as in '{model: runs/a, layers: [4, 5], into: [4, 5]}'"
+        },
+    )
     dtype: str = field(default="", metadata={"help": "load as bf16, fp16 or fp32; empty: as stored"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
 
@@ -83,6 +90,9 @@ def run(config: TuneConfig) -> int:
 
     dtype, place = device.parse_dtype(config.dtype or None), device.pick_device(config.device)
     model = load(config.model, dtype, place, techniques=techniques)
+    if config.layers_from:
+        taken = from_mapping(LayersFrom, config.layers_from, "layers_from")
+        take(model, load(taken.model), taken)
 
     def encoded(part: list[dict[str, Any]], where: str) -> list[Any]:
         if names:
@@ -94,6 +104,8 @@ def run(config: TuneConfig) -> int:
     examples, held_examples = encoded(rows, config.data), encoded(held, config.eval_data or config.data) if held else []
     torch.manual_seed(config.seed)
     chain.apply(model, techniques, Context(seed=config.seed, examples=examples))
+    if names and model.spec.head != "classification":
+        raise UserError("label_column: the techniques put a language model's head on; leave one of the two away")
     count, total = sum(p.numel() for p in model.trainable().values()), model.parameter_count()
     print(f"{len(examples)} examples; {count:,} of {total:,} parameters train ({count / total:.2%})")
     settings = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}

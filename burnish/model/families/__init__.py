@@ -113,6 +113,9 @@ def layout(spec: Spec, parts: Collection[str]) -> Layout:
         for leaf in ("weight", "bias"):
             name, plain = f"{native}.{leaf}", f"{foreign}.{leaf}"
             tensors[name] = family.tensors.get(name, plain)
+            if native == "lm_head" and not spec.tied and tensors[name] != plain:  # BERT's bias is then the decoder's
+                spare.add(tensors[name])
+                tensors[name] = plain
             copied = native == "lm_head" and (spec.tied if leaf == "weight" else tensors[name] != plain)
             if native.split(".")[0] not in parts:
                 spare |= {plain, tensors[name]}
