@@ -185,11 +185,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
         if frame.cache is not None:
             k, v = frame.cache.update(self.layer, k, v)
-        if frame.prefix is not None:
-            prefix = frame.prefix
-            expand = (frame.batch, -1, -1, -1)
-            k = torch.cat((prefix.keys[self.layer].expand(expand).to(k.dtype), k), dim=2)
-            v = torch.cat((prefix.values[self.layer].expand(expand).to(v.dtype), v), dim=2)
+        k, v = self.after_prefix(k, v, frame)
         grouped = self.spec.num_kv_heads != self.spec.num_heads
         if self.spec.attention_softcap:
             return self.capped(q, k, v, frame).transpose(1, 2)
@@ -197,6 +193,14 @@ class Attention(nn.Module):
             q, k, v, attn_mask=frame.mask, is_causal=frame.causal, scale=self.scale, enable_gqa=grouped
         )
         return out.transpose(1, 2)
+
+    def after_prefix(self, k: Tensor, v: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, kv_heads, T, head_dim) behind those of the prefix."""
+        if frame.prefix is None:
+            return k, v
+        keys, values = frame.prefix.keys[self.layer], frame.prefix.values[self.layer]
+        expand = (frame.batch, -1, -1, -1)
+        return torch.cat((keys.expand(expand).to(k.dtype), k), 2), torch.cat((values.expand(expand).to(v.dtype), v), 2)
 
     def capped(self, q: Tensor, k: Tensor, v: Tensor, frame: Frame) -> Tensor:
         """Attention over scores c * tanh(score / c) (Gemma 2, arXiv 2408.00118, section 2), (B, heads, T, head_dim)."""

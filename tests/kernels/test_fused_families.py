@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from burnish.kernels import training
+from burnish.model.cache import Prefix
 from burnish.model.families import read_spec
 from burnish.model.positions import rotate
 from burnish.model.transformer import Transformer
@@ -59,24 +60,31 @@ def used(monkeypatch) -> set[str]:
             names.add("gate")
             return F.silu(gate) * up
 
+    class Rotate:
+        apply = staticmethod(rotate)
+
     monkeypatch.setattr(training, "library", lambda: True)
+    monkeypatch.setattr(training, "_Rotate", Rotate)
     monkeypatch.setattr(training, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(training, "_RMSNorm", Norm)
     monkeypatch.setattr(training, "_GatedSiLU", Gate)
     return names
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("padded", "prefixed"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_are_fused_where_the_arithmetic_is_the_kernels(family, padded, used):
+def test_families_are_fused_where_the_arithmetic_is_the_kernels(family, padded, prefixed, used):
     torch.manual_seed(0)
     config, kernels = FAMILIES[family]
     net = Transformer(read_spec({**config, "model_type": family}, "lm")).initialize(0.2).requires_grad_(False)
     net = net.to(torch.bfloat16)
     ids = torch.arange(3 * 19).view(3, 19) % 61
     mask = torch.arange(19) < torch.tensor([[19], [7], [11]]) if padded else torch.ones(3, 19, dtype=torch.bool)
-    want = net(ids, attention_mask=mask)
+    prefix = None
+    if prefixed:
+        prefix = Prefix(*torch.randn(2, 2, 1, net.spec.num_kv_heads, 3, net.spec.head_dim).to(torch.bfloat16))
+    want = net(ids, attention_mask=mask, prefix=prefix)
     with training.fused(net):
-        found = net(ids, attention_mask=mask)
+        found = net(ids, attention_mask=mask, prefix=prefix)
     assert used == kernels
     torch.testing.assert_close(found[mask], want[mask], atol=0.05, rtol=0.05)

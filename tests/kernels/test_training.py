@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from burnish.kernels import training
 from burnish.kernels.cross_entropy import linear_cross_entropy, reference_cross_entropy
 from burnish.kernels.training import fused, scaled_dot_product_attention
+from burnish.model.cache import Prefix
 from burnish.model.families import read_spec
 from burnish.model.positions import rotary_angles, rotate
 from burnish.model.transformer import Transformer
@@ -132,6 +135,27 @@ def test_a_fused_network_gives_the_plain_ones_results(padded, dtype):
         for ours, other, truth in zip(found, plain, exact, strict=True):
             errors += torch.tensor([error(ours, truth), error(other, truth)])
     assert errors[0] < (1.15 if dtype == BF16 else 2) * errors[1]
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 2, 0]])
+def test_a_fused_network_takes_a_prefix(lengths):
+    ids = torch.arange(3 * 19).view(3, 19) % 61
+    seen = None if lengths is None else torch.tensor(lengths)[:, None].expand(3, 19)
+
+    def run(seed, dtype, kernels):
+        net, draw = network(seed).to(dtype), torch.Generator().manual_seed(seed)
+        pairs = torch.randn(2, 2, 1, 1, 5, 32, generator=draw).to(dtype).requires_grad_()  # keys and values
+        slopes = torch.randn(3, 19, 72, generator=draw).to(dtype)
+        with fused(net) if kernels else nullcontext():
+            hidden = net(ids, prefix=Prefix(pairs[0], pairs[1], seen))
+        return [hidden.detach(), *torch.autograd.grad((hidden * slopes).sum(), pairs)]
+
+    errors = torch.zeros(2)  # by the kernels, and the plain way
+    for seed in range(4):
+        found, plain, exact = run(seed, BF16, True), run(seed, BF16, False), run(seed, torch.float64, False)
+        for ours, other, truth in zip(found, plain, exact, strict=True):
+            errors += torch.tensor([error(ours, truth), error(other, truth)])
+    assert 0 < errors[0] < 1.15 * errors[1]
 
 
 def test_fusing_is_undone_and_leaves_other_dtypes_alone():

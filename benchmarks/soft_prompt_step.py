@@ -1,0 +1,229 @@
+"""One training step of a soft prompt, burnish against peft: the same weights, start, data, threads and core.
+
+    python benchmarks/soft_prompt_step.py --rounds 1 --steps 8 --threads 1 --cpu 0
+
+Prompt tuning, P-tuning with an LSTM and prefix tuning (without a projection), of 20 tokens each, on the model, the
+batch and by the method of `lora_step.py`: peft eager and compiled, the fastest is the one compared with. peft draws the
+start of each; burnish takes it over, so that the losses of both fall in the same course.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lora_step import CLIP, RATE, SHAPE, Meter, batch_of
+
+TOKENS = 20
+CASE: dict[str, Any] = {"batch": 4, "length": 256, "trained": 1.0}
+METHODS = {"prompt tuning": "prompt_tuning", "P-tuning, LSTM": "p_tuning", "prefix tuning": "prefix_tuning"}
+RUNS = {"burnish": False, "peft": False, "peft, compile": True}
+RESULT = Path(__file__).parent / "results" / "soft_prompt_step.json"
+
+
+def peft_config(method: str) -> Any:
+    import peft
+
+    given: dict[str, Any] = {"num_virtual_tokens": TOKENS, "task_type": "CAUSAL_LM"}
+    if method == "p_tuning":  # the shapes of the paper, which are burnish's
+        wide = SHAPE["hidden_size"] // 2
+        return peft.PromptEncoderConfig(**given, encoder_reparameterization_type="LSTM", encoder_hidden_size=wide)
+    return peft.PromptTuningConfig(**given) if method == "prompt_tuning" else peft.PrefixTuningConfig(**given)
+
+
+def write_models(folder: Path) -> None:
+    """The base with a one-word tokenizer, and the start of each method, below `folder`."""
+    import peft
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(folder / "base")
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a").save_pretrained(folder / "base")
+    for method in METHODS.values():
+        model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(folder / "base"), peft_config(method))
+        torch.save(model.prompt_encoder["default"].state_dict(), folder / f"{method}.pt")
+
+
+def run_burnish(folder: Path, method: str, steps: int, compile: bool) -> dict[str, Any]:
+    import torch
+
+    from burnish import chain
+    from burnish.engine.settings import TrainConfig
+    from burnish.engine.train import train
+    from burnish.model.example import Example
+    from burnish.store.checkpoint import load
+
+    rows, labels = batch_of(CASE)
+    meter = Meter()
+    options = {"prefix_tuning": {"prefix_projection": False}, "p_tuning": {"template": f"[P*{TOKENS}] {{prompt}}"}}
+    length = {} if method == "p_tuning" else {"num_virtual_tokens": TOKENS}
+    model = chain.apply(load(folder / "base"), {method: {**length, **options.get(method, {})}})
+    own: Any = model.net.techniques[method]
+    start = torch.load(folder / f"{method}.pt")
+    if method == "prompt_tuning":
+        start = {"embedding": start["embedding.weight"]}
+    own.load_state_dict({name.replace("_head.", "."): tensor for name, tensor in start.items()})
+    config = TrainConfig(
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=CASE["batch"],
+        max_steps=steps,
+        max_grad_norm=CLIP,
+        compile=compile,
+    )
+    meter.start()
+    train(
+        model,
+        [Example(*pair) for pair in zip(rows, labels, strict=True)],
+        config,
+        progress=lambda step, total, loss, lr, speed, eta: meter.step(loss),
+    )
+    return meter.result()
+
+
+def run_peft(folder: Path, method: str, steps: int, compile: bool) -> dict[str, Any]:
+    import peft
+    import torch
+    from transformers import LlamaForCausalLM
+
+    rows, labels = batch_of(CASE)
+    meter = Meter()
+    base = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16, attn_implementation="sdpa")
+    base.config.use_cache = False
+    model: Any = peft.get_peft_model(base, peft_config(method))
+    model.prompt_encoder["default"].load_state_dict(torch.load(folder / f"{method}.pt"))
+    model.train()
+    if compile:
+        model.compile()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0, fused=True)
+    meter.start()
+    for _ in range(steps):
+        ids = torch.tensor(rows)
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor(labels)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        meter.step(loss.item())
+    return meter.result()
+
+
+def worker(task: dict[str, Any]) -> dict[str, Any]:
+    """What a child process does; what it imports first belongs to the baseline of its memory."""
+    import torch
+
+    torch.set_num_threads(task["threads"])
+    call = run_burnish if task["run"] == "burnish" else run_peft
+    if call is run_burnish:
+        import burnish.engine.train
+        import burnish.store.checkpoint  # noqa: F401
+    else:
+        import peft  # noqa: F401
+        from transformers import LlamaForCausalLM  # noqa: F401
+    return call(Path(task["folder"]), task["method"], task["steps"], RUNS[task["run"]])
+
+
+def spawn(task: dict[str, Any], arguments: argparse.Namespace, cache: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--worker", json.dumps(task)]
+    command = ["taskset", "-c", arguments.cpu, *command] if arguments.cpu else command
+    root = str(Path(__file__).resolve().parents[1])
+    places = {"TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONPATH": root, "OMP_NUM_THREADS": str(arguments.threads)}
+    done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(command)}\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over all rounds, without each run's first two steps."""
+    return {
+        "step_seconds": statistics.median(second for run in runs for second in run["seconds"][2:]),
+        "step_cpu_seconds": statistics.median(second for run in runs for second in run["cpu_seconds"][2:]),
+        "peak_bytes": statistics.median(run["peak_bytes"] for run in runs),
+        "steady_peak_bytes": statistics.median(run["steady_peak_bytes"] for run in runs),
+        "losses": runs[0]["losses"],
+        "rounds": [run["cpu_seconds"] for run in runs],
+    }
+
+
+def compare(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """burnish over peft's fastest run."""
+    ours = rows["burnish"]
+    best = min((name for name in rows if name != "burnish"), key=lambda name: rows[name]["step_cpu_seconds"])
+    theirs = rows[best]
+    return {
+        "peft": best,
+        "speed_ratio": theirs["step_cpu_seconds"] / ours["step_cpu_seconds"],
+        "wall_speed_ratio": theirs["step_seconds"] / ours["step_seconds"],
+        "peak_memory_ratio": ours["peak_bytes"] / theirs["peak_bytes"],
+        "steady_memory_ratio": ours["steady_peak_bytes"] / theirs["steady_peak_bytes"],
+        "initial_loss_difference": abs(ours["losses"][0] - theirs["losses"][0]),
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=8, help="per run; the first two are not timed")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu", default="", help="cores to pin to, as taskset takes them")
+    parser.add_argument("--models", type=Path, help="a folder with the models, which are written there if need be")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print(json.dumps(worker(json.loads(arguments.worker))))
+        return
+
+    from burnish.device import environment
+
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/soft_prompt_step.py", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment(),
+        "work": {"shape": SHAPE, **CASE, "tokens": TOKENS, "learning_rate": RATE, "max_grad_norm": CLIP},
+        "methods": {},
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = arguments.models or Path(name)
+        if not (folder / "base").exists():
+            write_models(folder)
+        for method in arguments.methods:
+            by_run: dict[str, list[Any]] = {run: [] for run in arguments.runs}
+            for turn in range(arguments.rounds):
+                for run in arguments.runs[:: -1 if turn % 2 else 1]:
+                    task = {"folder": str(folder), "steps": arguments.steps, "threads": arguments.threads, "run": run}
+                    found = spawn({**task, "method": METHODS[method]}, arguments, f"{name}/cache")
+                    by_run[run].append(found)
+                    print(
+                        f"{method:16} {run:14} {statistics.median(found['cpu_seconds'][2:]):6.3f} CPU s, "
+                        f"{statistics.median(found['seconds'][2:]):6.3f} s a step, {found['peak_bytes'] >> 20} MiB, "
+                        f"loss {found['losses'][0]:.4f} -> {found['losses'][-1]:.4f}",
+                        flush=True,
+                    )
+            rows = {run: summary(found) for run, found in by_run.items()}
+            versus = compare(rows) if "burnish" in rows and len(rows) > 1 else {}
+            report["methods"][method] = {"comparison": versus, "runs": rows}
+            print(method, json.dumps(versus, indent=2), flush=True)
+            arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
