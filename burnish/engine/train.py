@@ -71,6 +71,7 @@ def train(
     """
     check(model, examples, config, eval_examples)
     device.seed_everything(config.seed)
+    device.return_freed_memory()  # what loading and quantising took
     device.reset_peak_memory(model.device)
     with _masters(model), _training_mode(model, config):
         run = _Run(model, examples, config, eval_examples, progress)
@@ -265,6 +266,9 @@ class _Run:
         except (OSError, SafetensorError) as error:
             log.warning("checkpoint of step %d not written (%s); earlier ones are kept", self.done.step, error)
             return None
+        finally:
+            if isinstance(self.optimizer, PagedAdamW):
+                self.optimizer.give_back()
 
 
 @contextmanager

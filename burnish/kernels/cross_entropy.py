@@ -35,7 +35,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows_per_chunk = max(1, chunk_bytes // (weight.shape[0] * max(4, hidden.element_size())))
         words = weight.shape[0]  # of a part of the head
         if kind.itemsize > weight.element_size() and weight.numel() * kind.itemsize > 2 * chunk_bytes:
-            words = max(1, chunk_bytes // (weight.shape[1] * kind.itemsize))  # widened one at a time
+            words = max(1, chunk_bytes // (4 * weight.shape[1] * kind.itemsize))  # widened one at a time
         heads = weight.split(words) if words < weight.shape[0] else (weight.to(kind),)
         shifts = [None] * len(heads) if bias is None else bias.to(kind).split(words)
         loss = hidden.new_zeros((), dtype=wide)
