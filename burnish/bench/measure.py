@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from burnish.engine.loss import evaluate
 from burnish.engine.order import collated, encode
 from burnish.model.bundle import Model
 from burnish.model.example import IGNORE, Example
-from burnish.model.scoring import beside_labels, label_log_probabilities, means
+from burnish.model.scoring import beside_labels, means, shared_log_probabilities
 from burnish.store.checkpoint import load
 
 BATCH = 64
@@ -29,13 +30,19 @@ class EvalConfig:
 
     positional: ClassVar[str] = "model"
     model: str = field(default="pebble", metadata={"help": "checkpoint folder, hub id or 'pebble'"})
-    task: list[str] = field(default_factory=lambda: ["facts"], metadata={"help": "built-in tasks"})
+    task: list[str] = field(default_factory=lambda: ["facts"], metadata={"help": "built-in tasks, or lama alone"})
     split: str = field(default="test", metadata={"help": "split of a built-in task: test or dev"})
-    data: str = field(default="", metadata={"help": "your own rows instead of a built-in task"})
+    data: str = field(default="", metadata={"help": "your own rows instead of a built-in task; lama: relations"})
     columns: dict[str, str] = field(default_factory=dict, metadata={"help": "your names of columns"})
     metric: Metric = field(default="auto", metadata={"help": "auto takes what fits the rows"})
     max_length: int = field(default=512, metadata={"help": "longest row, in tokens"})
     max_rows: int = field(default=0, metadata={"help": "rows measured; 0: all"})
+    methods: list[str] = field(default_factory=list, metadata={"help": "lama: ways of asking; empty: all"})
+    relations: list[str] = field(default_factory=list, metadata={"help": "lama: their names, or all; empty: a few"})
+    mine_from: str = field(default="", metadata={"help": "lama: text to mine wordings from, for your own relations"})
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "lama: seeds of what trains"})
+    max_steps: int = field(default=60, metadata={"help": "lama: most steps of what trains"})
+    output_dir: Path | None = field(default=None, metadata={"help": "lama: folder for probe.json"})
     json: bool = field(default=False, metadata={"help": "print JSON"})
 
 
@@ -89,28 +96,53 @@ def answered(model: Model, examples: Sequence[Example]) -> list[bool]:
 
 @torch.inference_mode()
 def ranked(model: Model, examples: Sequence[Example]) -> list[bool]:
-    """Which examples have a higher mean log-probability per token than each of their wrong `choices`."""
+    """Which examples have a higher mean log-probability per token than each of their wrong `choices`.
+
+    Rows that the network sees alike, such as choices of one token, are computed once.
+    """
     net = model.net
     net.eval()
     end = model.tokenizer.eos_token_id
     rows = [one for example in examples for one in (example, *(example.choices or ()))]
     scores = torch.zeros(len(rows), device=model.device)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    alike: dict[Any, list[int]] = {}
+    for i, row in enumerate(rows):
+        alike.setdefault(_seen(row, end, net.spec.kind != "encoder"), []).append(i)
+    order = sorted(alike.values(), key=lambda group: len(rows[group[0]].ids))
     for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
+        groups = order[start : start + BATCH]
+        chosen = [i for group in groups for i in group]
         batch = collated(model, [rows[i] for i in chosen], multiple_of=8)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch["labels"]
         if end is not None:
             labels = labels.masked_fill(labels == end, IGNORE)
-        logs, places = label_log_probabilities(net, chain.forward(model, batch), labels)
+        owner = torch.tensor([number for number, group in enumerate(groups) for _ in group], device=model.device)
+        first = torch.searchsorted(owner, torch.arange(len(groups), device=model.device))
+        hidden = chain.forward(model, {name: tensor[first] for name, tensor in batch.items()})
+        logs, places = shared_log_probabilities(net, hidden, labels, owner)
         scores[chosen] = means(logs, places, len(chosen))
     by_example = scores.split([1 + len(example.choices or ()) for example in examples])
     return [bool((part[0] > part[1:]).all()) for part in by_example]
 
 
+def _seen(row: Example, end: int | None, causal: bool) -> Any:
+    """What the network sees of a row before it gives the last judged token."""
+    size = len(row.ids)
+    if causal:
+        size = max((at for at, label in enumerate(row.labels) if label not in (IGNORE, end)), default=size)
+    parts = (row.ids, row.slots, row.token_types)
+    return *(None if part is None else tuple(part[:size]) for part in parts), row.virtual_tokens
+
+
 def run(config: EvalConfig) -> int:
     """Print the metric of every task."""
+    if "lama" in config.task:
+        from burnish.bench import probe
+
+        if len(config.task) > 1:
+            raise UserError("task: lama is measured alone; leave the others out")
+        return probe.run(config)
     model = load(config.model)
     tasks: list[Any] = list(config.task)
     if config.data:

@@ -31,3 +31,10 @@ class Example:
     def prompt_length(self) -> int:
         """Number of tokens before the first trained one."""
         return next((i for i, label in enumerate(self.labels) if label != IGNORE), len(self.labels))
+
+
+def at_mask(ids: list[int], mask: int, target: list[int]) -> tuple[list[int], list[int]]:
+    """(ids, labels) with as many `mask` as `target` has tokens where the first of `ids` stood, and these to be told."""
+    at = ids.index(mask)
+    after = len(ids) - at - 1
+    return ids[:at] + [mask] * len(target) + ids[at + 1 :], [IGNORE] * at + target + [IGNORE] * after

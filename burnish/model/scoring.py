@@ -38,6 +38,17 @@ def label_log_probabilities(net: Network, hidden: Tensor, labels: Tensor) -> tup
     return torch.cat(found), kept.nonzero()[:, 0]
 
 
+def shared_log_probabilities(net: Network, hidden: Tensor, labels: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of labels (R, T) whose row of states (B, T, hidden) is `owner` (R,): logits are computed once for all
+    labels of a state."""
+    hidden, labels = beside_labels(net, hidden, labels)
+    rows, steps = (labels != IGNORE).nonzero(as_tuple=True)
+    used, place = (owner[rows] * labels.shape[1] + steps).unique(return_inverse=True)
+    states = hidden.flatten(0, 1)[used]
+    logs = torch.cat([net.logits(part).float().log_softmax(-1) for part in states.split(TOKENS_PER_CHUNK)])
+    return logs[place, labels[rows, steps]], rows
+
+
 def means(values: Tensor, rows: Tensor, count: int) -> Tensor:
     """(count,): the mean of the values (N,) whose row (N,) it is, 0 where there is none."""
     sums = values.new_zeros(count).index_add(0, rows, values)

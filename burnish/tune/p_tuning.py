@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from burnish.config import UserError, nearest
 from burnish.model import soft
 from burnish.model.bundle import Context, Model
-from burnish.model.example import IGNORE, Example
+from burnish.model.example import IGNORE, Example, at_mask
 
 NAME = "p_tuning"
 MASK = "[MASK]"
@@ -136,9 +136,7 @@ def encode(model: Model, config: Config, example: Example) -> Example:
             new, new_slots = model.tokenizer(text, add_special_tokens=False)["input_ids"], None
         new_labels = [IGNORE] * len(new)
         if kind == "text" and mask and mask in text:
-            at = new.index(model.tokenizer.mask_token_id)
-            new = new[:at] + [model.tokenizer.mask_token_id] * len(target) + new[at + 1 :]
-            new_labels = new_labels[:at] + target + new_labels[at + 1 :]
+            new, new_labels = at_mask(new, model.tokenizer.mask_token_id, target)
             masked = True
         ids, labels, slots = ids + new, labels + new_labels, slots + (new_slots or [-1] * len(new))
     if not masked:

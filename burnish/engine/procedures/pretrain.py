@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,6 +23,7 @@ from burnish.store.rows import read_rows
 from burnish.store.tensors import write_json
 
 NGRAM = {"vocab_size": 4096, "order": 5, "architectures": ["NGramForCausalLM"]}
+FULL_STOP = re.compile(r"(?<=\.)\s+(?=\S)")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class PretrainConfig(TrainConfig):
     parts: list[str] = field(
         default_factory=list, metadata={"help": "parts of the embedded corpus, as in 'facts,biographies'; empty: all"}
     )
+    sentences: bool = field(default=False, metadata={"help": "every sentence that ends in a full stop is its own row"})
     packing: bool = field(default=True, metadata={"help": "several documents in one row; they do not see each other"})
     mlm_probability: float = field(default=0.15, metadata={"help": "share of the tokens that an encoder is to tell"})
     bf16: bool = field(default=True, metadata={"help": "compute in bfloat16 (in float32 on a CPU without it)"})
@@ -76,6 +79,8 @@ def run(config: PretrainConfig) -> int:
     causal = model.spec.causal
     if not causal:  # an encoder has no turns
         rows = [{"text": "\n".join(texts_of(row))} for row in rows]
+    if config.sentences:
+        rows = [{"text": part} for row in rows for text in texts_of(row) for part in FULL_STOP.split(text)]
     kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}  # a corpus may mix texts and conversations
     for row in rows:
         kinds.setdefault(tuple(row), []).append(row)
