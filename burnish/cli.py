@@ -90,6 +90,12 @@ VERBS = {
         "a model's quality on built-in tasks or your own rows",
         "burnish eval pebble",
     ),
+    "bench": Verb(
+        "burnish.bench.strategies:run",
+        "burnish.bench.strategies:BenchConfig",
+        "how fast a model answers, by every way of running it, against the machine's limits",
+        "burnish bench pebble",
+    ),
     "env": Verb(
         "burnish.device:run_env",
         "burnish.device:EnvConfig",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from burnish import chain, device
+from burnish.bench import strategy_job
 from burnish.bench.latency import LatencyConfig, latency
 from burnish.bench.measure import measure
 from burnish.bench.tasks import load_task, parse_task, shuffled
@@ -120,7 +121,7 @@ def serve(job: Job) -> dict[str, Any]:
     return result | {"inference_memory_bytes": device.peak_memory() - before}
 
 
-KINDS = {"quality": quality, "fit": fit, "serve": serve}
+KINDS = {"quality": quality, "fit": fit, "serve": serve, "bench": strategy_job.requests, "limits": strategy_job.limits}
 OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish.config import UserError
-from burnish.model.cache import KVCache, Prefix
+from burnish.model.cache import KVCache
 from burnish.model.network import Layout, Network
 from burnish.model.spec import Spec
 
@@ -105,10 +105,8 @@ class NGram(Network):
         inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
         cache: KVCache | None = None,
-        prefix: Prefix | None = None,
+        **unused: Any,  # positions tell documents apart; there is no prefix
     ) -> Tensor:
         """Windows (B, T, order - 1) of ids that end with each token; the id `vocab_size` is the begin, -1 nothing."""
         ids = (self.embed(input_ids) if inputs_embeds is None else inputs_embeds)[..., 0]  # type: ignore[arg-type]

@@ -1,0 +1,194 @@
+"""`burnish bench`: one prompt, answered by every way of running a model, and how near each comes to the limits.
+
+A request is timed as a whole and apart: to its first token, which is the prompt's forward (prefill), and per token
+after it (decode). Decode reads the weights once per token, so its limit is the bandwidth of reading memory; prefill
+multiplies every weight with every token, so its limit is the rate of matrix products. Both are measured in the same
+run. Strategies run in processes of their own, each in every round, forwards and backwards by turns, so that a slow
+minute of the machine falls on all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from burnish import device
+from burnish.bench.jobs import Job, run_job
+from burnish.bench.launcher import launchers
+from burnish.chain import parse_chain
+from burnish.config import UserError, nearest
+from burnish.plan import check_memory
+from burnish.store.hub import resolve
+from burnish.store.tensors import write_json
+
+STRATEGIES: dict[str, list[Any]] = {"plain": [], "int8": ["int8"], "nf4": ["nf4"]}
+ROUNDS = 2
+PROMPT = "Question: Where was Odile Kinlow born? Answer:"
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is timed. The means are over `runs` requests in all, after `warmups` in each round."""
+
+    positional: ClassVar[str] = "model"
+    model: str = field(default="pebble", metadata=_help("checkpoint folder, hub id or 'pebble'"))
+    strategies: list[str] = field(
+        default_factory=lambda: list(STRATEGIES), metadata=_help("which, of those listed below")
+    )
+    prompt: str = field(default=PROMPT, metadata=_help("text that is continued"))
+    prompt_tokens: int = field(default=0, metadata=_help("instead of a text so many random tokens"))
+    max_new_tokens: int = field(default=20, metadata=_help("tokens generated, always all of them"))
+    batch_sizes: list[int] = field(default_factory=lambda: [1], metadata=_help("prompts at once"))
+    warmups: int = field(default=2, metadata=_help("requests before the timed ones"))
+    runs: int = field(default=10, metadata=_help("timed requests"))
+    threads: int = field(default=0, metadata=_help("threads of the processor; 0: one per core"))
+    dtype: str = field(default="", metadata=_help("load as bf16, fp16 or fp32; empty: as stored"))
+    timeout: float = field(default=1800, metadata=_help("seconds that one strategy may take in one round"))
+    output_dir: Path | None = field(default=None, metadata=_help("folder for bench.json"))
+    json: bool = field(default=False, metadata=_help("print JSON"))
+
+
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Time every strategy: {"limits", "rows", "environment"}. Raises UserError for unknown strategies."""
+    for name in config.strategies:
+        if name not in STRATEGIES:
+            raise UserError(
+                f"strategies: '{name}' is unknown{nearest(name, STRATEGIES)}; known: {', '.join(STRATEGIES)}"
+            )
+    for name, least in (("runs", 1), ("warmups", 0), ("max_new_tokens", 2), ("prompt_tokens", 0)):
+        if getattr(config, name) < least:
+            raise UserError(f"{name}: must be at least {least}, is {getattr(config, name)}")
+    folder = resolve(config.model)
+    chains = {name: STRATEGIES[name] for name in config.strategies}
+    for techniques in chains.values():
+        parse_chain(techniques)
+    check_memory(folder, list(chains.values()))
+    threads = config.threads or device.environment()["cores"]
+    common = {
+        "kind": "bench", "model": str(folder), "threads": threads, "dtype": config.dtype, "prompt": config.prompt,
+        "prompt_tokens": config.prompt_tokens, "new_tokens": config.max_new_tokens, "warmups": config.warmups,
+        "runs": -(-config.runs // ROUNDS), "batch_sizes": config.batch_sizes,
+    }  # fmt: skip
+    jobs = {name: {**common, "techniques": techniques} for name, techniques in chains.items()}
+    found: dict[str, list[Job]] = {name: [] for name in jobs}
+    with tempfile.TemporaryDirectory() as scratch, launchers(1) as free:
+        limits = run_job(
+            {"kind": "limits", "threads": threads, "dtype": config.dtype}, Path(scratch), config.timeout, free
+        )
+        if limits["status"] != "ok":
+            raise RuntimeError(f"the machine's limits could not be measured: {limits['error']}")
+        for number in range(ROUNDS):
+            order = list(jobs) if number % 2 == 0 else list(reversed(jobs))
+            for name in order:
+                found[name].append(run_job({**jobs[name], "round": number}, Path(scratch), config.timeout, free))
+                print(
+                    f"round {number + 1} of {ROUNDS}: {name}: {found[name][-1]['status']}", file=sys.stderr, flush=True
+                )
+    rows = [row for name in jobs for row in rows_of(name, found[name], config.batch_sizes, limits)]
+    return {"environment": device.environment(), "limits": limits, "rows": rows}
+
+
+def rows_of(name: str, rounds: Sequence[Job], batch_sizes: Sequence[int], limits: Job) -> list[dict[str, Any]]:
+    """A strategy's row for every batch size; the worst status of its rounds is the row's."""
+    failed = next((job for job in rounds if job["status"] != "ok"), None)
+    if failed:
+        return [{"strategy": name, "batch_size": size, **failed} for size in batch_sizes]
+    rows = []
+    for at, size in enumerate(batch_sizes):
+        parts = [job["batches"][at] for job in rounds]
+        first, whole = (sorted(x for part in parts for x in part[key]) for key in ("first_ms", "total_ms"))
+        new, prompt = rounds[0]["new_tokens"], parts[0]["prompt_tokens"]
+        each = (statistics.fmean(whole) - statistics.fmean(first)) / (new - 1)
+        bandwidth = rounds[0]["weight_bytes"] / (each / 1000)
+        rate = 2 * rounds[0]["multiplied_weights"] * prompt * size / (statistics.fmean(first) / 1000)
+        rows.append({
+            "strategy": name, "batch_size": size, "status": "ok", "error": None, "text": parts[0]["text"],
+            "latency_ms": summary(whole), "first_token_ms": statistics.fmean(first), "per_token_ms": each,
+            "tokens_per_second": 1000 * size * new / statistics.fmean(whole), "prompt_tokens": prompt,
+            "peak_memory_bytes": max(job["peak_memory_bytes"] for job in rounds),
+            "load_seconds": statistics.fmean(job["load_seconds"] for job in rounds),
+            "of_bandwidth": bandwidth / limits["read_bytes_per_second"],
+            "of_matrix_rate": rate / limits["operations_per_second"],
+        })  # fmt: skip
+    return rows
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Mean, standard deviation, median and 95th percentile of sorted times."""
+    return {
+        "mean": statistics.fmean(times),
+        "std": statistics.stdev(times) if len(times) > 1 else 0.0,
+        "p50": statistics.median(times),
+        "p95": times[round(0.95 * (len(times) - 1))],
+    }
+
+
+def table(found: dict[str, Any]) -> Any:
+    """The rows for a terminal."""
+    from rich import box
+    from rich.table import Table
+
+    from burnish.bench.report_plots import number, size
+
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    heads = (
+        "strategy",
+        "batch",
+        "ms",
+        "P50",
+        "P95",
+        "first",
+        "a token",
+        "tok/s",
+        "memory",
+        "load s",
+        "of read",
+        "of products",
+    )
+    for head in heads:
+        out.add_column(head, justify="left" if head == "strategy" else "right", no_wrap=True)
+    for row in found["rows"]:
+        if row["status"] != "ok":
+            out.add_row(row["strategy"], str(row["batch_size"]), f"{row['status']}: {row['error']}")
+            continue
+        time = row["latency_ms"]
+        out.add_row(
+            row["strategy"], str(row["batch_size"]), f"{number(time['mean'])} ± {number(time['std'], 1)}",
+            number(time["p50"]), number(time["p95"]), number(row["first_token_ms"]), number(row["per_token_ms"]),
+            number(row["tokens_per_second"]), size(row["peak_memory_bytes"]), number(row["load_seconds"], 2),
+            f"{row['of_bandwidth']:.0%}", f"{row['of_matrix_rate']:.0%}",
+        )  # fmt: skip
+    return out
+
+
+def run(config: BenchConfig) -> int:
+    """Time, print the table, what each strategy said, and the limits."""
+    import rich
+
+    found = bench(config)
+    if config.output_dir is not None:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(found, config.output_dir / "bench.json")
+    if config.json:
+        print(json.dumps(found))
+        return 0
+    rich.print(table(found))
+    for row in found["rows"]:
+        if row["status"] == "ok":
+            print(f"{row['strategy']}: {row['text']!r}")
+    limits = found["limits"]
+    print(
+        f"limits of this machine: {limits['read_bytes_per_second'] / 1e9:.1f} GB/s read, "
+        f"{limits['operations_per_second'] / 1e12:.2f} TFLOP/s in {limits['dtype']}"
+    )
+    return 0
