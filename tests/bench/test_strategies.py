@@ -1,0 +1,74 @@
+"""`burnish bench` on a tiny model: every strategy's text and times, failures, and what is wrong with the input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+
+from burnish import cli
+from burnish.bench import strategies
+from burnish.bench.strategies import BenchConfig, bench, rows_of
+from burnish.bench.strategy_job import weights
+from burnish.config import UserError
+from burnish.store.checkpoint import load
+
+
+def test_every_strategy_is_timed_and_shows_its_text(root, tmp_path, capsys):
+    folder = str(tiny.folder(root, "llama"))
+    words = ["bench", folder, "--runs", "3", "--warmups", "0", "--max-new-tokens", "4", "--prompt", "the cat sees"]
+    assert cli.main([*words, "--batch-sizes", "1,3", "--output-dir", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "bench.json").read_text())
+    assert [(row["strategy"], row["batch_size"]) for row in found["rows"]] == [
+        (name, size) for name in ("plain", "int8", "nf4") for size in (1, 3)
+    ]
+    for row in found["rows"]:
+        time = row["latency_ms"]
+        assert row["status"] == "ok" and isinstance(row["text"], str) and row["prompt_tokens"] == 3
+        assert 0 < time["p50"] <= time["p95"] and 0 < row["first_token_ms"] < time["mean"]
+        assert time["mean"] == pytest.approx(row["first_token_ms"] + 3 * row["per_token_ms"])
+        assert row["tokens_per_second"] == pytest.approx(4000 * row["batch_size"] / time["mean"])
+        assert row["peak_memory_bytes"] > 0 and row["load_seconds"] > 0
+        assert 0 < row["of_bandwidth"] < 1 and 0 < row["of_matrix_rate"] < 1
+    assert found["limits"]["read_bytes_per_second"] > 1e8
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_what_decoding_reads_is_all_but_an_embedding_of_its_own(root, family):
+    model = load(tiny.folder(root, family))
+    total = sum({p.data_ptr(): p.numel() * 4 for p in model.net.parameters()}.values())
+    table = model.net.embed_tokens.weight.numel()
+    bare = 0 if model.spec.tied else table
+    assert weights(model) == {
+        "weight_bytes": total - 4 * bare, "multiplied_weights": model.parameter_count() - bare
+    }  # fmt: skip
+
+
+def test_a_strategy_that_fails_is_its_own_loss(root, monkeypatch):
+    monkeypatch.setitem(strategies.STRATEGIES, "broken", ["nf4", "magnitude"])
+    config = BenchConfig(str(tiny.folder(root, "llama")), ["broken", "plain"], runs=1, warmups=0, max_new_tokens=2)
+    broken, plain = bench(config)["rows"]
+    assert broken["status"] == "failed" and "prune before quantising" in broken["error"] and plain["status"] == "ok"
+
+
+def test_the_limits_fractions_follow_from_the_times():
+    part = {"first_ms": [100.0, 100.0], "total_ms": [300.0, 500.0], "text": "x", "prompt_tokens": 10}
+    job = {"status": "ok", "new_tokens": 4, "weight_bytes": 5e8, "multiplied_weights": 1e9, "batches": [part]}
+    job |= {"peak_memory_bytes": 7, "load_seconds": 1.0}
+    (row,) = rows_of("plain", [job, job], [2], {"read_bytes_per_second": 1e10, "operations_per_second": 1e12})
+    assert row["per_token_ms"] == pytest.approx(100.0) and row["latency_ms"]["p95"] == 500.0
+    assert row["of_bandwidth"] == pytest.approx(0.5)  # 0.5 GB in 0.1 s of 10 GB/s
+    assert row["of_matrix_rate"] == pytest.approx(0.4)  # 2 * 1e9 * 20 in 0.1 s of 1e12
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"strategies": ["int9"]}, "'int9' is unknown .did you mean 'int8'"),
+    ({"runs": 0}, "runs: must be at least 1"),
+    ({"max_new_tokens": 1}, "max_new_tokens: must be at least 2"),
+    ({"model": "no/such-folder/here"}, "no such folder"),
+])  # fmt: skip
+def test_mistakes(root, settings, message):
+    with pytest.raises(UserError, match=message):
+        bench(BenchConfig(**{"model": str(tiny.folder(root, "llama")), **settings}))
