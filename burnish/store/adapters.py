@@ -55,12 +55,11 @@ class Adapter:
         name = str(self.record.get("peft_type")).lower()
         if name not in OWN or (self.saved and self.saved[0]["name"] != name):
             return ""
-        known = {
-            *TOLD,
-            *((*LORA_OPTIONS, "modules_to_save", "rank_pattern", "alpha_pattern") if name == "lora" else ()),
-        }
-        if self.record.get("init_lora_weights", True) in peft_method.OFF["init_lora_weights"]:
-            known.add("init_lora_weights")
+        known = TOLD | (
+            {*LORA_OPTIONS, "modules_to_save", "rank_pattern", "alpha_pattern"} if name == "lora" else set()
+        )
+        if self.record.get("init_lora_weights", True) in (*peft_method.OFF["init_lora_weights"], "eva"):
+            known |= {"init_lora_weights", "eva_config"}
         asked = {key for key, value in self.record.items() if value and key not in known}
         names = (OWN[name], PLAIN) if name == "lora" else (OWN[name],)
         read = all(any(pattern.fullmatch(key) for pattern in names) for key in self.tensors)
@@ -188,11 +187,11 @@ def lora_of(net: Network, adapter: Adapter) -> tuple[dict[str, Any], dict[str, E
             continue
         name = plain[1].replace(".base_layer.bias", ".bias")
         name = name if name in known or name in layout.spare else layout.prefix + name
-        path, _, leaf = known.get(name, "").rpartition(".")
-        if modules.get(path) is None and name not in layout.spare:
+        path, _, leaf = known.get(name, name).rpartition(".")
+        if modules.get(path) is None if name in known else name not in layout.spare:
             raise UserError(f"the adapter has a tensor '{name}' that its base does not have")
         tensors[name] = entry
-        if leaf == "weight":
+        if name in known and leaf == "weight":
             saved.add(path)
     alphas = lora.by_path(record.get("alpha_pattern") or {}, net, sorted(ranks))
     config = {key: record[key] for key in LORA_OPTIONS if key in record}

@@ -39,6 +39,8 @@ def take(model: Model, source: Model, config: LayersFrom) -> Model:
     Raises UserError for a source with techniques on it, one of other widths, and layers that are not there.
     """
     where, whole = f"layers_from: {config.model}", config.embeddings or config.head
+    if not config.layers and not whole:
+        raise UserError(f"{where}: nothing is taken; say which layers, as in layers: [0, 2, 4]")
     if source.chain or model.chain:
         raise UserError(f"{where}: techniques are on it or on the model that takes its layers; merge them first")
     ours, theirs = asdict(model.spec), asdict(source.spec)

@@ -113,13 +113,17 @@ class LoRALinear(nn.Module):
             return by_tokens(self, x)
         frozen = not any(parameter.requires_grad for parameter in self.base.parameters())
         if frozen and not (self.dropout and self.training) and not torch.compiler.is_compiling():
-            return _Corrected.apply(x, self.base, self.lora_A, self.lora_B, self.scaling)
+            return self.scaled(_Corrected.apply(x, self.base, self.lora_A, self.lora_B, self.scaling))
         return self.onto(self.base(x), F.dropout(x, self.dropout, self.training))
 
     def onto(self, y: Tensor, x: Tensor) -> Tensor:
         """What the base gave for x (tokens, in), y (tokens, out), with the correction."""
         low = x @ self.lora_A.to(x.dtype).t()
-        return torch.addmm(y, low, self.lora_B.to(x.dtype).t(), alpha=self.scaling)
+        return self.scaled(torch.addmm(y, low, self.lora_B.to(x.dtype).t(), alpha=self.scaling))
+
+    def scaled(self, y: Tensor) -> Tensor:
+        """The sum of the base's output and the correction's, y (tokens, out), as it is."""
+        return y
 
     def delta(self) -> Tensor:
         """The correction as a matrix (out, in), float32."""
@@ -163,19 +167,16 @@ class DoRALinear(LoRALinear):
         return (self.base.weight.dequantize().float() + self.delta()).norm(dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not (self.dropout and self.training):
+            return super().forward(x)
         if self.foreign and not is_flat(x):
             return by_tokens(self, x)
-        if not (self.dropout and self.training):
-            return self.scaled(super().forward(x))
         dropped = F.dropout(x, self.dropout, True)  # the scale changes what this gives, the base sees x
         plain = self.base(dropped)
         return self.base(x) - plain + self.onto(plain, dropped)
 
-    def onto(self, y: Tensor, x: Tensor) -> Tensor:
-        return self.scaled(super().onto(y, x))
-
     def scaled(self, y: Tensor) -> Tensor:
-        """y (tokens, out) with rows of their trained lengths in the weight; the bias is left as it is."""
+        """y with rows of their trained lengths in the weight; the bias is left as it is."""
         scale = (self.lora_magnitude_vector / self.norm()).to(y.dtype)
         return scale * y if self.base.bias is None else scale * y + (1 - scale) * self.base.bias.to(y.dtype)
 
@@ -234,8 +235,9 @@ def by_path(pattern: Mapping[str, Any], net: Network, paths: Sequence[str]) -> d
     """A pattern's values by path; a key is a regular expression over the end of a path in either vocabulary, and the
     first that matches counts."""
     found: dict[str, Any] = {}
+    aliases = net.layout.modules
     for path in paths:
-        names = (path, net.layout.modules.get(path, path))
+        names = (path, aliases.get(path, path))
         hits = [key for key in pattern if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names)]
         if hits:
             found[path] = pattern[hits[0]]
@@ -245,10 +247,11 @@ def by_path(pattern: Mapping[str, Any], net: Network, paths: Sequence[str]) -> d
 def saved_modules(net: Network, names: Sequence[str]) -> list[str]:
     """The paths of the modules below those whose names, in either vocabulary, end with one of `names`, as peft reads
     modules_to_save. Raises UserError for a name that ends none, and for a matrix that is shared or quantised."""
-    native = {path: module for path, module in net.named_modules() if path in net.layout.modules}
+    aliases = net.layout.modules
+    native = {path: module for path, module in net.named_modules() if path in aliases}
     found: list[str] = []
     for name in names:
-        hits = [path for path in native if any(ends(full, name) for full in (path, net.layout.modules[path]))]
+        hits = [path for path in native if any(ends(full, name) for full in (path, aliases[path]))]
         if not hits:
             raise UserError(f"technique 'lora': modules_to_save: '{name}' is no module of this {net.spec.family} model")
         found += hits

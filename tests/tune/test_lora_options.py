@@ -81,6 +81,23 @@ def test_what_burnish_trained_loads_in_peft(root, tmp_path, family, option):
     assert sum(parameter.numel() for parameter in model.trainable().values()) == trained
 
 
+def test_a_classifier_that_peft_trained_loads_with_its_head(root, tmp_path):
+    folder = tiny.folder(root, "bert", "classification")
+    other = theirs_written(folder, "bert", tmp_path / "theirs", task_type="SEQ_CLS", use_dora=True)
+    disturb(parameter for parameter in other.parameters() if parameter.requires_grad)
+    other.save_pretrained(tmp_path / "theirs")
+    model = load(tmp_path / "theirs")
+    assert [link.name for link in model.chain] == ["lora"] and model.chain[0].config.modules_to_save == ["score"]
+    torch.testing.assert_close(ours(model), theirs(other), **CLOSE)
+    loaded = peft.PeftModel.from_pretrained(reference(folder), save(model, tmp_path / "ours")).eval()
+    torch.testing.assert_close(theirs(loaded), theirs(other), **CLOSE)
+    config = tmp_path / "theirs" / "adapter_config.json"
+    words = tiny.folder(root, "bert")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(words)}))
+    with pytest.raises(UserError, match="the adapter has a tensor 'classifier..*' that its base does not have"):
+        load(tmp_path / "theirs")
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("family", FIRST)
 def test_gradients_of_dora_are_pefts(root, tmp_path, family, dropout):

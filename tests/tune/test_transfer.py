@@ -174,6 +174,8 @@ def test_layers_that_do_not_fit_are_refused(root, tmp_path):
     with pytest.raises(UserError, match="family is llama here, bert there"):
         take(model, load(tiny.folder(root, "bert")), LayersFrom("bert", [0]))
     same = load(tiny.folder(root, "llama"))
+    with pytest.raises(UserError, match="layers_from: same: nothing is taken"):
+        take(model, same, LayersFrom("same"))
     with pytest.raises(UserError, match="layers: there is no layer 2; they are 0 to 1"):
         take(model, same, LayersFrom("same", [0, 2]))
     with pytest.raises(UserError, match=r"into: \[1, 1\] are not 2 different layers"):
