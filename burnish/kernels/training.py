@@ -6,8 +6,8 @@ several over temporaries, and keeps less for the backward pass: attention its in
 row. torch 2.13's own CPU attention runs its bfloat16 backward pass at a fifth of the processor's matrix rate; in
 float32 it is kept, and only the rotary embedding before it is C. `fused` puts them into a network for as long as it
 trains; whatever they do not cover (another dtype or device, a processor without AVX-512, no compiler; for attention a
-cache, ALiBi, scores scaled or capped in another way; Gemma's norm) goes the plain way. Under `torch.compile`
-only attention is replaced, as the compiler fuses the rest.
+cache, ALiBi, scores scaled or capped in another way; Gemma's norm) goes the plain way. Under `torch.compile` only
+attention is replaced, as the compiler fuses the rest.
 """
 
 from __future__ import annotations
@@ -107,11 +107,12 @@ class _Attention(Attention):
         cosine, sine = frame.rotary or (None, None)
         bare = frame.cache is None and (frame.mask is None or frame.mask.dtype == torch.bool)
         if bare and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-1] % SIZES == 0:
-            if cosine is not None and sine is not None and cosine.shape[-1] < q.shape[-1]:  # it turns whole heads
-                q, k, cosine, sine = rotate(q, cosine, sine), rotate(k, cosine, sine), None, None
+            # attention turns whole heads, and queries and keys by the same tables
+            partial = cosine is not None and cosine.shape[-1] < q.shape[-1]
+            if cosine is not None and sine is not None and (partial or frame.prefix is not None):
+                turn = rotate if partial or not _takes(q) else _Rotate.apply
+                q, k, cosine, sine = turn(q, cosine, sine), turn(k, cosine, sine), None, None
             if frame.prefix is not None:
-                if cosine is not None and sine is not None:
-                    q, k, cosine, sine = _Rotate.apply(q, cosine, sine), _Rotate.apply(k, cosine, sine), None, None
                 k, v = (x.transpose(1, 2) for x in self.after_prefix(k.transpose(1, 2), v.transpose(1, 2), frame))
             return scaled_dot_product_attention(q, k, v, cosine, sine, frame.mask, frame.causal)[0]
         if cosine is not None and _takes(q) and cosine.shape[-1] == q.shape[-1] and cosine.shape[:2] == q.shape[:2]:

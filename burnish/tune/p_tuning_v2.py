@@ -5,9 +5,9 @@
 Source: "P-Tuning v2" (arXiv 2110.07602), section 3: deep prompts without the reparametrisation, which
 `prefix_projection` brings back where it helps, and a classification head on top instead of words
 ([transfer, p_tuning_v2]). Keys and values start with a standard deviation of 0.02, as transformers draws new weights.
-An encoder-decoder gets prompts in both of its stacks. Positions of the tokens start after
-the prefix, an encoder's too, as in transformers' BERT with past_key_values, on which the authors' code and peft's
-PREFIX_TUNING stand. Limits: no models without keys and values, nor encoders that run through transformers.
+An encoder-decoder gets prompts in both of its stacks. Positions of the tokens start after the prefix, an encoder's too,
+as in transformers' BERT with past_key_values, which peft's PREFIX_TUNING fills. Limits: no models without keys and
+values, nor encoders that run through transformers.
 """
 
 from __future__ import annotations
