@@ -1,6 +1,6 @@
-"""The knowledge probe on the embedded models: every way of asking, three seeds, the spread over wordings.
+"""The knowledge probe on the embedded world: every way of asking, three seeds, the spread over wordings.
 
-    python benchmarks/knowledge_probe.py [--models pebble,pebble-encoder] [--relations food,employer] [--minutes 30]
+    python benchmarks/knowledge_probe.py [--models pebble,FOLDER] [--relations food,employer] [--minutes 30]
 
 Relations are taken in the given order while there is time; what is in benchmarks/results/knowledge_probe.json already,
 of the same model and settings, is kept. The first relations are those on which pebble's best hand-written wording was
@@ -22,12 +22,12 @@ from burnish.bench.relations import world_relations, world_texts
 
 RESULTS = Path(__file__).parent / "results" / "knowledge_probe.json"
 RELATIONS = "food,known_for,employer,birthplace,industry,country,instrument,profession,pet,headquarters"
-SEEDS, STEPS, FACTS = [0, 1, 2], 40, 100
+SEEDS, STEPS, FACTS = [0, 1, 2], 30, 80
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="pebble,pebble-encoder")
+    parser.add_argument("--models", default="pebble")
     parser.add_argument("--relations", default=RELATIONS)
     parser.add_argument("--minutes", type=float, default=30)
     options = parser.parse_args()
@@ -38,9 +38,11 @@ def main() -> None:
     for name in options.relations.split(","):
         for which in options.models.split(","):
             record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            if any(record.get(key) != value for key, value in settings.items()):
+                record = {}
             model = load(which, torch.float32)
             kept = record.get("models", {}).get(which, {})
-            if kept.get("identity") != model.identity or any(record[key] != settings[key] for key in settings):
+            if kept.get("identity") != model.identity:
                 kept = {}
             if name in kept.get("relations", {}) or time.monotonic() > until:
                 continue

@@ -189,8 +189,10 @@ class _Text:
         self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
         bare, marked = self._ids("a"), tokenizer("a")["input_ids"]
         starts = (i for i in range(len(marked)) if marked[i : i + len(bare)] == bare)
-        self.marks = marked[: next(starts, 0)]
-        self.closing = [self.eos] if self.eos is not None else marked[len(self.marks) + len(bare) :]
+        at = next(starts, None)
+        self.marks = marked[: at or 0]
+        closing = [] if at is None else marked[at + len(bare) :]
+        self.closing = closing if self.eos is None else [self.eos]
         self.adds_space = "".join(tokenizer.convert_ids_to_tokens(bare)).startswith("▁")
 
     def _ids(self, text: str) -> list[int]:

@@ -181,6 +181,14 @@ def test_bad_input_is_one_line(tmp_path, capsys, words, changes, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_sentences_end_in_a_full_stop():
+    from burnish.engine.procedures.pretrain import FULL_STOP
+
+    text = "Rome lies in Italy. Question: Where is Oslo? Answer: Norway. It costs 1.50."
+    parts = ["Rome lies in Italy.", "Question: Where is Oslo? Answer: Norway.", "It costs 1.50."]
+    assert FULL_STOP.split(text) == parts
+
+
 def test_parts_leave_the_others_out():
     from burnish.engine.procedures.pretrain import PretrainConfig, rows_of
     from burnish.world.corpus import tagged_documents
