@@ -62,7 +62,7 @@ def test_compare(request, root, tmp_path, monkeypatch, name):
     recipe |= {"max_steps": 2, "seeds": [0], "examples": recipe.get("examples", [])[:1], "controls": False}
     recipe |= {"latency": {"runs": 1, "warmups": 0, "new_tokens": 1, "prompt_tokens": 4}, "shape": [2, 16]}
     short = [{"name": task} if isinstance(task, str) else task for task in recipe["tasks"]]
-    recipe["tasks"] = [task | {"max_rows": 8} for task in short]
+    recipe["tasks"] = [task | {"max_rows": 8, "max_length": 48} for task in short]
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     assert main(["compare", str(path), "--output-dir", str(tmp_path / "out")]) == 0

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from burnish.config import UserError
 from burnish.model.attention import Attention, Frame, narrow, visibility
 from burnish.model.cache import KVCache, Prefix, Recorder
 from burnish.model.families import layout
@@ -224,6 +225,11 @@ class Transformer(Network):
             frequencies = inverse_frequencies(self.spec, x.device)
             rotary = rotary_angles(positions, frequencies, x.dtype, rotary_scale(self.spec))
         elif self.spec.positions == "learned":
+            if length > 1 and (last := int(positions.max())) >= self.spec.max_positions:
+                raise UserError(
+                    f"a row of {last + 1} tokens is longer than the model's {self.spec.max_positions} positions; "
+                    "shorten the text, or lower max_length"
+                )
             rows = positions + self.spec.position_offset if self.spec.position_offset else positions
             x = x + self.embed_positions(rows).to(x.dtype)
         if self.spec.token_types:

@@ -9,6 +9,7 @@ import transformers
 
 import burnish
 from burnish.chain import forward
+from burnish.config import UserError
 from burnish.model.cache import KVCache
 from burnish.store.checkpoint import save
 
@@ -153,3 +154,11 @@ def test_sharded_and_base_only_checkpoints(tmp_path):
     torch.testing.assert_close(got, outputs(reference, input_ids=x), atol=1e-4, rtol=0)
     hidden = ours(burnish.load(tmp_path / "base"), {"input_ids": x})
     torch.testing.assert_close(hidden, outputs(reference.transformer, input_ids=x), atol=1e-4, rtol=0)
+
+
+def test_a_row_beyond_learned_positions_is_the_users_error(root):
+    net = burnish.load(tiny.folder(root, "gpt2")).net
+    room = net.spec.max_positions
+    assert net(torch.zeros(1, room, dtype=torch.long)).shape[1] == room
+    with pytest.raises(UserError, match=f"a row of {room + 1} tokens is longer than the model's {room} positions"):
+        net(torch.zeros(1, room + 1, dtype=torch.long))

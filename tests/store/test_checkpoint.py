@@ -361,7 +361,7 @@ def test_loading_holds_the_model_once(root, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     for folder, (ratio, size) in json.loads(done.stdout.splitlines()[-1]).items():
         if folder.endswith("nf4"):  # each matrix read when it is quantised: never the whole in 32 bits
-            assert size < 80e6 and size * ratio < 130e6, (folder, size, ratio)
+            assert size < 80e6 and size * ratio < 175e6, (folder, size, ratio)  # in 32 bits it is 219e6
             continue
         assert size > 150e6, folder
         assert 0.9 < ratio <= 1.15, (folder, ratio)
