@@ -117,15 +117,13 @@ class Meter:
         }
 
 
-def run_burnish(folder: Path, case: dict[str, Any], steps: int, compile: bool) -> dict[str, Any]:
+def train_burnish(meter: Meter, model: Any, case: dict[str, Any], steps: int, compile: bool) -> dict[str, Any]:
+    """The steps of burnish's loop on the case's batches."""
     from burnish.engine.settings import TrainConfig
     from burnish.engine.train import train
     from burnish.model.example import Example
-    from burnish.store.checkpoint import load
 
     rows, labels = batch_of(case)
-    meter = Meter()
-    model = load(folder / case["adapter"])
     config = TrainConfig(
         learning_rate=RATE,
         lr_scheduler_type="constant",
@@ -144,20 +142,11 @@ def run_burnish(folder: Path, case: dict[str, Any], steps: int, compile: bool) -
     return meter.result()
 
 
-def run_peft(
-    folder: Path, case: dict[str, Any], steps: int, compile: bool, autocast_adapter_dtype: bool
-) -> dict[str, Any]:
+def train_peft(meter: Meter, model: Any, case: dict[str, Any], steps: int, compile: bool) -> dict[str, Any]:
+    """The steps of a bare loop around a model of peft."""
     import torch
-    from peft import PeftModel
-    from transformers import LlamaForCausalLM
 
     rows, labels = batch_of(case)
-    meter = Meter()
-    base = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16, attn_implementation="sdpa")
-    base.config.use_cache = False
-    model = PeftModel.from_pretrained(
-        base, folder / case["adapter"], is_trainable=True, autocast_adapter_dtype=autocast_adapter_dtype
-    )
     model.train()
     if compile:
         model.compile()
@@ -173,6 +162,35 @@ def run_peft(
         optimizer.zero_grad()
         meter.step(loss.item())
     return meter.result()
+
+
+def run_burnish(folder: Path, case: dict[str, Any], steps: int, compile: bool) -> dict[str, Any]:
+    from burnish.store.checkpoint import load
+
+    meter = Meter()
+    return train_burnish(meter, load(folder / case["adapter"]), case, steps, compile)
+
+
+def base_of_peft(folder: Path) -> Any:
+    """The base as transformers loads it."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    base = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16, attn_implementation="sdpa")
+    base.config.use_cache = False
+    return base
+
+
+def run_peft(
+    folder: Path, case: dict[str, Any], steps: int, compile: bool, autocast_adapter_dtype: bool
+) -> dict[str, Any]:
+    from peft import PeftModel
+
+    meter = Meter()
+    model = PeftModel.from_pretrained(
+        base_of_peft(folder), folder / case["adapter"], is_trainable=True, autocast_adapter_dtype=autocast_adapter_dtype
+    )
+    return train_peft(meter, model, case, steps, compile)
 
 
 def matrix_rate(case: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lora_step import CLIP, RATE, SHAPE, Meter, batch_of
+from lora_step import CLIP, RATE, SHAPE, Meter, base_of_peft, train_burnish, train_peft
 
 TOKENS = 20
 CASE: dict[str, Any] = {"batch": 4, "length": 256, "trained": 1.0}
@@ -60,12 +60,8 @@ def run_burnish(folder: Path, method: str, steps: int, compile: bool) -> dict[st
     import torch
 
     from burnish import chain
-    from burnish.engine.settings import TrainConfig
-    from burnish.engine.train import train
-    from burnish.model.example import Example
     from burnish.store.checkpoint import load
 
-    rows, labels = batch_of(CASE)
     meter = Meter()
     options = {"prefix_tuning": {"prefix_projection": False}, "p_tuning": {"template": f"[P*{TOKENS}] {{prompt}}"}}
     length = {} if method == "p_tuning" else {"num_virtual_tokens": TOKENS}
@@ -75,50 +71,17 @@ def run_burnish(folder: Path, method: str, steps: int, compile: bool) -> dict[st
     if method == "prompt_tuning":
         start = {"embedding": start["embedding.weight"]}
     own.load_state_dict({name.replace("_head.", "."): tensor for name, tensor in start.items()})
-    config = TrainConfig(
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        per_device_train_batch_size=CASE["batch"],
-        max_steps=steps,
-        max_grad_norm=CLIP,
-        compile=compile,
-    )
-    meter.start()
-    train(
-        model,
-        [Example(*pair) for pair in zip(rows, labels, strict=True)],
-        config,
-        progress=lambda step, total, loss, lr, speed, eta: meter.step(loss),
-    )
-    return meter.result()
+    return train_burnish(meter, model, CASE, steps, compile)
 
 
 def run_peft(folder: Path, method: str, steps: int, compile: bool) -> dict[str, Any]:
     import peft
     import torch
-    from transformers import LlamaForCausalLM
 
-    rows, labels = batch_of(CASE)
     meter = Meter()
-    base = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16, attn_implementation="sdpa")
-    base.config.use_cache = False
-    model: Any = peft.get_peft_model(base, peft_config(method))
+    model: Any = peft.get_peft_model(base_of_peft(folder), peft_config(method))
     model.prompt_encoder["default"].load_state_dict(torch.load(folder / f"{method}.pt"))
-    model.train()
-    if compile:
-        model.compile()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0, fused=True)
-    meter.start()
-    for _ in range(steps):
-        ids = torch.tensor(rows)
-        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor(labels)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        meter.step(loss.item())
-    return meter.result()
+    return train_peft(meter, model, CASE, steps, compile)
 
 
 def worker(task: dict[str, Any]) -> dict[str, Any]:

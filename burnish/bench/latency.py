@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,15 +62,20 @@ def latency(model: Model, config: LatencyConfig = LatencyConfig()) -> dict[str, 
         request()
         times.append(1000 * (device.clock(model.device) - start))
     after = device.energy_joules()
-    times.sort()
     mean = statistics.fmean(times)
     return {
-        "latency_ms": {
-            "mean": mean,
-            "std": statistics.stdev(times) if len(times) > 1 else 0.0,
-            "p50": statistics.median(times),
-            "p95": times[min(len(times) - 1, round(0.95 * (len(times) - 1)))],
-        },
+        "latency_ms": summary(times),
         "tokens_per_second": 1000 * count / mean,
         "energy_joules": None if joules is None or after is None else after - joules,
+    }
+
+
+def summary(times: Sequence[float]) -> dict[str, float]:
+    """Mean, standard deviation, median and 95th percentile of times, in their unit."""
+    ordered = sorted(times)
+    return {
+        "mean": statistics.fmean(ordered),
+        "std": statistics.stdev(ordered) if len(ordered) > 1 else 0.0,
+        "p50": statistics.median(ordered),
+        "p95": ordered[round(0.95 * (len(ordered) - 1))],
     }

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 from burnish import device
 from burnish.bench.jobs import Job, run_job
+from burnish.bench.latency import summary
 from burnish.bench.launcher import launchers
 from burnish.chain import parse_chain
 from burnish.config import UserError, nearest
@@ -106,7 +107,7 @@ def rows_of(name: str, rounds: Sequence[Job], batch_sizes: Sequence[int], limits
     rows = []
     for at, size in enumerate(batch_sizes):
         parts = [job["batches"][at] for job in rounds]
-        first, whole = (sorted(x for part in parts for x in part[key]) for key in ("first_ms", "total_ms"))
+        first, whole = ([x for part in parts for x in part[key]] for key in ("first_ms", "total_ms"))
         new, prompt = rounds[0]["new_tokens"], parts[0]["prompt_tokens"]
         each = (statistics.fmean(whole) - statistics.fmean(first)) / (new - 1)
         bandwidth = rounds[0]["weight_bytes"] / (each / 1000)
@@ -121,16 +122,6 @@ def rows_of(name: str, rounds: Sequence[Job], batch_sizes: Sequence[int], limits
             "of_matrix_rate": rate / limits["operations_per_second"],
         })  # fmt: skip
     return rows
-
-
-def summary(times: list[float]) -> dict[str, float]:
-    """Mean, standard deviation, median and 95th percentile of sorted times."""
-    return {
-        "mean": statistics.fmean(times),
-        "std": statistics.stdev(times) if len(times) > 1 else 0.0,
-        "p50": statistics.median(times),
-        "p95": times[round(0.95 * (len(times) - 1))],
-    }
 
 
 def table(found: dict[str, Any]) -> Any:

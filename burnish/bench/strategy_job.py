@@ -22,6 +22,7 @@ SIDE = 2048  # of the matrices multiplied to measure the rate
 
 def requests(job: Result) -> dict[str, Any]:
     """Load the model by a strategy's chain and time its requests at every batch size."""
+    device.return_freed_memory()
     device.reset_peak_memory()
     before = device.resident_memory()
     began = time.perf_counter()
