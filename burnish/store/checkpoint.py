@@ -23,7 +23,7 @@ from burnish import chain as chains
 from burnish.config import UserError
 from burnish.model.bundle import Model, build
 from burnish.model.families import read_spec
-from burnish.model.linear import Dense, Unread, Weight
+from burnish.model.linear import Dense, Linear, Unread, Weight
 from burnish.model.network import Layout, Network
 from burnish.model.spec import Head
 from burnish.store import adapters
@@ -56,13 +56,15 @@ def load(
     device: torch.device | str = "cpu",
     head: Head | None = None,
     techniques: Sequence[chains.TechniqueSpec] = (),
+    unread: bool = False,
 ) -> Model:
     """The model in a folder: a Hugging Face checkpoint, what burnish saved, or a PEFT adapter.
 
     dtype None keeps floating tensors as they are stored; a technique's own tensors keep their dtype. `head` overrides
     the checkpoint's own; `techniques` are those that will be applied: where they exchange the head of an
-    encoder-decoder, its decoder is not read, and where they quantise, each weight is read when it is its turn. Raises
-    UserError for a folder that is no checkpoint, listing every missing, unexpected or misshapen tensor.
+    encoder-decoder, its decoder is not read, and where they quantise, each weight is read when it is its turn. So
+    are with `unread` all dense weights of the layers' projections, for a placement. Raises UserError for a folder that
+    is no checkpoint, listing every missing, unexpected or misshapen tensor.
     """
     folder = resolve(source)
     saved = read_json(folder / "burnish.json") if (folder / "burnish.json").exists() else {}
@@ -96,6 +98,9 @@ def load(
     held = None if quantised else model.net.read_converted(base)
     stored: Stored = dict(entries) if held is None else {name: Held(tensor) for name, tensor in held.items()}
     later = set() if chain else chains.stored_anew(model, techniques)
+    if unread:
+        bodies = ((path, part) for path, part in model.net.named_modules() if path.startswith(model.net.body))
+        later = {path for path, part in bodies if isinstance(part, Linear)}
     fill(model, canonical(stored, model.net.layout), extras, folder, dtype, device, later)
     model.tokenizer = load_tokenizer(folder if has_tokenizer(folder) else base)
     check_vocabulary(model, folder)
