@@ -72,6 +72,9 @@ class Int8(Weight):
             return products.int8_dequantize(dtype, self.values, self.scale)
         return (self.values * self.scale.float()[:, None]).to(dtype)
 
+    def as_stored(self) -> tuple[int, products.Stored]:
+        return products.INT8, products.as_stored(self.values, (self.scale,), None)
+
     def shard(self, dim: int, rank: int, world: int) -> Int8:
         scale = self.scale.chunk(world)[rank].clone() if dim == 0 else self.scale.clone()
         return Int8(self.values.chunk(world, dim)[rank].clone(), scale)

@@ -184,6 +184,9 @@ class NF4(Weight):
             constants += found["absmax2"], found["offset"], dynamic_map()
         return found["packed"], constants, levels("cpu")
 
+    def as_stored(self) -> tuple[int, products.Stored] | None:
+        return None if self.shape[1] % BLOCK else (products.NF4, products.as_stored(*self._stored()))
+
     def shard(self, dim: int, rank: int, world: int) -> NF4:
         part = self.dequantize().chunk(world, dim)[rank]
         return NF4.quantize(part, double_quant=self.absmax.dtype == torch.uint8)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from burnish.engine.order import encode
 from burnish.engine.reply import Ends, Generation, Piece, Row, batch_of, begin, ends_of, routes
 from burnish.engine.speculation import speculate
 from burnish.model.example import IGNORE, Example
+from burnish.place.fused import fused
 from burnish.store.data import encode_prompt
 
 Prompt = str | Sequence[Mapping[str, Any]] | Example
@@ -152,8 +154,9 @@ def _run(model: Model, groups: Sequence[list[Row]], config: GenerationConfig, en
     training = model.net.training
     model.net.eval()
     try:
-        for group in groups:
-            yield from _loop(config)(model, group, config, ends)
+        with fused(model.net) if config.fused else nullcontext():
+            for group in groups:
+                yield from _loop(config)(model, group, config, ends)
     finally:
         model.net.train(training)
 

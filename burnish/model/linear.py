@@ -85,6 +85,10 @@ class Weight(nn.Module):
         """The `rank`-th of `world` equal parts along `dim` (0 splits outputs, 1 splits inputs)."""
         raise NotImplementedError
 
+    def as_stored(self) -> tuple[int, products.Stored] | None:
+        """The kind of storage and its tensors as `native` reads them on a CPU; None where it does not."""
+        return None
+
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
         return dict(self.named_parameters())
@@ -134,6 +138,12 @@ class Dense(Weight):
 
     def dequantize(self) -> Tensor:
         return self.dense
+
+    def as_stored(self) -> tuple[int, products.Stored] | None:
+        kind = {torch.bfloat16: products.DENSE, torch.float32: products.FLOATS}.get(self.dense.dtype)
+        if kind is None or self.dense.shape[1] % 64 or not self.dense.is_contiguous():
+            return None
+        return kind, products.as_stored(self.dense, (), None)
 
     def shard(self, dim: int, rank: int, world: int) -> Dense:
         return Dense(self.dense.detach().chunk(world, dim)[rank].clone())

@@ -7,9 +7,8 @@ they are used, so that `compute_dtype = torch.bfloat16` over float32 parameters 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -122,6 +121,7 @@ class Transformer(Network):
 
     body: tuple[str, ...] = ("layers.",)
     layer: type[Layer] = Layer
+    stepper: Callable[[Tensor, Sequence[Frame]], Tensor | None] | None = None  # another way through the layers
 
     def __init__(self, spec: Spec):
         super().__init__()
@@ -240,13 +240,16 @@ class Transformer(Network):
         frame = Frame(batch, length, mask, causal, rotary, cache, prefix, real, source)
         if self.pattern is not None:
             frame = narrow(self.pattern, self.spec, frame, positions)
-        frames: Iterable[Frame] = repeat(frame)
+        frames = [frame] * len(self.layers)
         if self.spec.sliding_layers:
             near = self.near(frame, positions, x.dtype)
             frames = [near if layer in self.spec.sliding_layers else frame for layer in range(self.spec.num_layers)]
         x = frame.flat(x)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
+        stepped = None if self.stepper is None else self.stepper(x, frames)
+        if stepped is not None:
+            x, frames = stepped, []
         for layer, own in zip(self.layers, frames, strict=False):
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(layer, x, own, use_reentrant=False)

@@ -1,160 +1,30 @@
-/* Products of few tokens with stored weights, and the expansion of quantised ones, on a CPU.
+/* Products of few tokens with stored weights on a CPU, for the threads of one team.
  *
- * out (tokens, rows) = x (tokens, columns) W^T + bias, for W stored as NF4 blocks of 64, int8 rows or bfloat16. The stored
- * bytes are read once: expanded in registers for up to eight tokens, in a panel that fits the cache for more. At few
- * tokens the product is bound by the bytes of W that memory delivers. Everything accumulates in float32. Where the
- * processor multiplies bfloat16 pairs (AVX-512 BF16), bfloat16 activations meet weights rounded to bfloat16, as they
- * would if W were expanded first; elsewhere both are widened to float32.
+ * out (tokens, rows) = x (tokens, columns) W^T + bias, for W stored as NF4 blocks of 64, int8 rows, bfloat16 or float32.
+ * The stored bytes are read from memory once and expanded in registers.
+ * At few tokens the product is bound by the bytes of W that memory delivers, and memory gives most where several rows, far
+ * apart, are read at once, each from its beginning to its end, and the next bytes of each are fetched early. Sums are
+ * float32. What is multiplied follows from the activations' dtype alone, never from their number, so that a token's
+ * result does not depend on its batch (but in the last case):
  *
- * An NF4 byte holds two neighbours, the first in the high nibble. The nibbles of 32 bytes are looked up as 32 even
- * and 32 odd positions, so x is put into that order once per call instead of the weights once per row.
+ * - float32 activations meet weights widened to float32;
+ * - bfloat16 activations, where the processor multiplies 16-bit integers (AVX-512 VNNI), are rounded to 16 bits per 128
+ *   positions, a 256th of their own rounding at the largest of them, and meet int8 weights as they are and NF4's levels
+ *   in 14 bits;
+ * - bfloat16 activations meet several tokens' bfloat16 weights in pairs, where the processor can (AVX-512 BF16).
+ *
+ * An NF4 byte holds two neighbours, the first in the high nibble. A lookup takes a nibble of each word of several bytes, so
+ * x is put into that order once per call instead of the weights once per row.
  */
 
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "weights.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && !defined(PORTABLE)
-#define WIDE 1
-#define VECTOR 64 /* bytes */
-#define MOST_WIDTH 8
-#if defined(__AVX512BF16__)
-#define PAIRS 1 /* dot products of bfloat16 pairs */
-#endif
-#elif defined(__AVX2__) && !defined(PORTABLE)
-#define VECTOR 32
-#define MOST_WIDTH 4
-#else
-#define VECTOR 16
-#define MOST_WIDTH 4
-#endif
-#if VECTOR > 16
-#include <immintrin.h>
-#endif
-
-#ifdef _OPENMP
-#include <omp.h>
-#define THREAD omp_get_thread_num()
-#else
-#define THREAD 0
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
-#define BLOCK 64
-#define PARTS (4 * BLOCK / VECTOR)
-#define HEIGHT 4 /* rows and tokens worked on at once, so that the sums fit the registers: 4 by 4, 2 by MOST_WIDTH */
-#define WIDTH 4
-
-typedef float lanes __attribute__((vector_size(VECTOR)));
-
-enum kind { NF4, INT8, DENSE };
-
-/* NF4: `bytes` two weights each; the constant of block b is constants[b], or with `codes` (one byte per block)
- * map[codes[b]] * constants[b / 256] + offset. int8: `bytes` one weight each and one constant per row. Dense: two bytes a
- * weight, in bfloat16. */
-typedef struct {
-    const uint8_t *bytes;
-    const uint8_t *codes;
-    const float *constants, *offset, *map, *levels;
-    int64_t rows, columns;
-} matrix;
-
-/* 64 expanded weights: float32, or in the first two parts bfloat16. */
-typedef struct {
-    lanes part[PARTS];
-} chunk;
-
-/* The same in order, in memory. */
-typedef union {
-    float floats[64];
-    uint16_t halves[64];
-} flat;
-
-INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-
-INLINE int64_t even(int64_t a) { return (a + 1) / 2 * 2; }
-
-INLINE float widen(uint16_t half) {
-    uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-INLINE uint16_t narrow(float value) { /* to the nearest, ties to even */
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return value == value ? rounded : 0x7fc0;
-}
-
-/* `count` constants from block `first`. */
-INLINE void expand_constants(const matrix *w, int64_t first, int64_t count, float *out) {
-    if (!w->codes) {
-        memcpy(out, w->constants + first, 4 * count);
-        return;
-    }
-    const float *map = w->map, offset = *w->offset;
-    for (int64_t at = first, end; at < first + count; at = end) { /* those of one group of 256 */
-        const float scale = w->constants[at / 256];
-        end = min(first + count, at / 256 * 256 + 256);
-        for (int64_t i = at; i < end; i++) out[i - first] = map[w->codes[i]] * scale + offset;
-    }
-}
-
-/* Weights of 32 bytes: even positions first, then odd ones. */
-INLINE chunk expand_nf4(const matrix *w, const uint8_t *bytes, float scale, int half) {
-    chunk c;
-#ifdef WIDE
-    __m512 table = _mm512_mul_ps(_mm512_loadu_ps(w->levels), _mm512_set1_ps(scale));
-#ifdef PAIRS
-    if (half) {
-        /* A lookup takes five bits: the table twice makes the fifth, a bit of the other nibble, harmless. */
-        __m512i twice = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(table));
-        __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)bytes));
-        c.part[0] = (lanes)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), twice);
-        c.part[1] = (lanes)_mm512_permutexvar_epi16(words, twice);
-        return c;
-    }
-#endif
-    for (int i = 0; i < 2; i++) {
-        __m512i words = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)bytes + i));
-        c.part[i] = (lanes)_mm512_permutexvar_ps(_mm512_srli_epi32(words, 4), table);
-        c.part[2 + i] = (lanes)_mm512_permutexvar_ps(words, table);
-    }
-#elif VECTOR == 32
-    const __m256 low = _mm256_mul_ps(_mm256_loadu_ps(w->levels), _mm256_set1_ps(scale));
-    const __m256 high = _mm256_mul_ps(_mm256_loadu_ps(w->levels + 8), _mm256_set1_ps(scale));
-    for (int i = 0; i < PARTS; i++) {
-        __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(bytes + i % 4 * 8)));
-        if (i < 4) index = _mm256_srli_epi32(index, 4);
-        const __m256 of_low = _mm256_permutevar8x32_ps(low, index), of_high = _mm256_permutevar8x32_ps(high, index);
-        const __m256 fourth_bit = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-        c.part[i] = (lanes)_mm256_blendv_ps(of_low, of_high, fourth_bit);
-    }
-#else
-    float table[16];
-    for (int i = 0; i < 16; i++) table[i] = w->levels[i] * scale;
-    flat split;
-    for (int i = 0; i < 32; i++) split.floats[i] = table[bytes[i] >> 4];
-    for (int i = 0; i < 32; i++) split.floats[32 + i] = table[bytes[i] & 15];
-    memcpy(&c, &split, sizeof c);
-#endif
-    return c;
-}
-
-/* 64 whole numbers, exact in either dtype. */
-INLINE chunk expand_int8(const uint8_t *bytes, int half) {
+/* 64 whole numbers. */
+INLINE chunk expand_int8(const uint8_t *bytes) {
     chunk c;
 #ifdef WIDE
     for (int i = 0; i < 4; i++)
         c.part[i] = (lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)bytes + i)));
-#ifdef PAIRS
-    if (half) {
-        c.part[0] = (lanes)_mm512_cvtne2ps_pbh((__m512)c.part[1], (__m512)c.part[0]);
-        c.part[1] = (lanes)_mm512_cvtne2ps_pbh((__m512)c.part[3], (__m512)c.part[2]);
-    }
-#endif
 #elif VECTOR == 32
     for (int i = 0; i < PARTS; i++)
         c.part[i] = (lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(bytes + 8 * i))));
@@ -166,6 +36,7 @@ INLINE chunk expand_int8(const uint8_t *bytes, int half) {
     return c;
 }
 
+/* Of bfloat16; with AVX-512 in float32 the even ones of 32 positions before the odd ones. */
 INLINE chunk expand_dense(const uint8_t *bytes, int half) {
     chunk c;
     if (half) {
@@ -173,8 +44,11 @@ INLINE chunk expand_dense(const uint8_t *bytes, int half) {
         return c;
     }
 #ifdef WIDE
-    for (int i = 0; i < PARTS; i++)
-        c.part[i] = (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)bytes + i)), 16);
+    for (int i = 0; i < 2; i++) {
+        const __m512i pairs = _mm512_loadu_si512((const __m512i *)bytes + i);
+        c.part[2 * i] = (lanes)_mm512_slli_epi32(pairs, 16);
+        c.part[2 * i + 1] = (lanes)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000));
+    }
 #elif VECTOR == 32
     for (int i = 0; i < PARTS; i++)
         c.part[i] = (lanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)bytes + i)), 16);
@@ -230,208 +104,374 @@ INLINE four totals(int all, lanes a, lanes b, lanes c, lanes d) {
 #endif
 }
 
+/* Rows worked on at once: `count` of them from `first`, `apart` rows from one to the next; beyond them the last again,
+ * which is not stored. `scales` has the constants of each, `blocks` + 1 a row with a zero at the end, and `rests` what is
+ * left of each after the last bytes that are read at once. */
 typedef struct {
-    const matrix *w;
-    const char *x;      /* arranged activations: float32, or bfloat16 where half */
-    int64_t stride;     /* bytes from a token to the next in x, and from a row to the next in a panel */
-    int64_t tokens;
-    const float *scale; /* of rows; may be null */
-    const void *bias;   /* of the output's dtype; may be null */
-    void *out;
-    int out_half;
-} product;
-
-/* A thread's own room: for HEIGHT rows the expanded weights, the constants, and what is left of int8 rows after their
- * last whole block. */
-typedef struct {
-    char *panel;
+    int64_t first, apart, count, blocks, row_bytes;
     float *scales;
     uint8_t *rests;
-} room;
+} group;
 
 /* Bytes of `count` weights of a row. */
 INLINE int64_t stored(enum kind kind, int64_t count) {
-    return kind == NF4 ? count / 2 : kind == INT8 ? count : 2 * count;
+    return kind == NF4 ? count / 2 : kind == INT8 ? count : kind == DENSE ? 2 * count : 4 * count;
 }
 
-/* 64 weights of row `first` + r, while those of two groups of rows further down are fetched. */
-INLINE chunk expand(enum kind kind, int half, const matrix *w, const room *own, int64_t first, int64_t r, int64_t block,
-                    int64_t blocks) {
-    const int64_t row_bytes = stored(kind, w->columns);
-    const uint8_t *from = w->bytes + (first + r) * row_bytes + stored(kind, block * BLOCK);
-    __builtin_prefetch(from + 2 * HEIGHT * row_bytes, 0, 2);
-    if (kind == DENSE) {
-        __builtin_prefetch(from + 2 * HEIGHT * row_bytes + 64, 0, 2);
-        return expand_dense(from, half);
+/* Where the rows of a tile lie: their bytes, and NF4's constants. */
+typedef struct {
+    const uint8_t *bytes[MOST_HEIGHT], *rests[MOST_HEIGHT];
+    const float *scales[MOST_HEIGHT];
+} lines;
+
+INLINE lines lines_of(int height, const matrix *w, const group *g, int64_t r0) {
+    lines found;
+    for (int r = 0; r < height; r++) {
+        const int64_t row = min(r0 + r, g->count - 1);
+        found.bytes[r] = w->bytes + (g->first + row * g->apart) * g->row_bytes;
+        found.scales[r] = g->scales + row * (g->blocks + 1);
+        found.rests[r] = g->rests + row * MOST_REST;
     }
-    if (kind == NF4) return expand_nf4(w, from, own->scales[r * blocks + block], half);
-    return expand_int8((block + 1) * BLOCK > w->columns ? own->rests + r * BLOCK : from, half);
+    return found;
 }
+
+/* Before `size` bytes are read at `at`: from here on where they stand in the rests. */
+INLINE void reach(int height, lines *rows, int64_t at, int64_t size, int64_t row_bytes) {
+    if (__builtin_expect(at + size > row_bytes, 0))
+        for (int r = 0; r < height; r++) rows->bytes[r] = rows->rests[r] - at;
+}
+
+#define FETCH(address) __builtin_prefetch((address) + 1024, 0, 3)
+#define EVERY(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
 
 INLINE void clear(int height, int width, lanes sums[HEIGHT][MOST_WIDTH]) {
-    for (int r = 0; r < height; r++)
-        for (int t = 0; t < width; t++) sums[r][t] = (lanes){0};
+    EVERY(r, height) EVERY(t, width) sums[r][t] = (lanes){0};
 }
 
-/* The sums of `height` rows from `first` and `width` tokens from `token`, scaled and shifted, into the output. */
-INLINE void store(int height, int width, const product *p, lanes sums[HEIGHT][MOST_WIDTH], int64_t first,
-                  int64_t token) {
-    const int64_t rows = min(height, p->w->rows - first), tokens = min(width, p->tokens - token);
+/* The sums of `height` rows from the r0-th and `width` tokens from `token`, scaled and shifted, into the output. */
+INLINE void store(enum kind kind, int height, int width, const product *p, lanes sums[HEIGHT][MOST_WIDTH],
+                  const group *g, int64_t r0, int64_t token) {
+    const int64_t rows = min(height, g->count - r0), tokens = min(width, p->tokens - token);
     const int all = height > 2;
     four scale = {1, 1, 1, 1}, bias = {0};
-    for (int r = 0; r < rows && p->scale; r++) scale[r] = p->scale[first + r];
-    for (int r = 0; r < rows && p->bias; r++)
-        bias[r] = p->out_half ? widen(((const uint16_t *)p->bias)[first + r]) : ((const float *)p->bias)[first + r];
+    for (int r = 0; r < rows; r++) {
+        const int64_t row = g->first + (r0 + r) * g->apart;
+        if (kind == INT8) scale[r] = p->w->constants[row];
+        if (p->bias) bias[r] = p->out_half ? widen(((const uint16_t *)p->bias)[row]) : ((const float *)p->bias)[row];
+    }
     for (int t = 0; t < width && t < tokens; t++) {
         const four total = totals(all, sums[0][t], sums[1][t], sums[2 * all][t], sums[3 * all][t]) * scale + bias;
-        const int64_t at = (token + t) * p->w->rows + first;
-        for (int r = 0; r < height && r < rows; r++)
+        for (int r = 0; r < height && r < rows; r++) {
+            const int64_t at = (token + t) * p->w->rows + g->first + (r0 + r) * g->apart;
             if (p->out_half)
-                ((uint16_t *)p->out)[at + r] = narrow(total[r]);
+                ((uint16_t *)p->out)[at] = narrow(total[r]);
             else
-                ((float *)p->out)[at + r] = total[r];
+                ((float *)p->out)[at] = p->adds ? ((float *)p->out)[at] + total[r] : total[r];
+        }
     }
 }
 
-/* `height` rows from the r-th after `first` by `width` tokens from `token`, straight from the stored weights. */
-INLINE void direct_tile(enum kind kind, int half, int height, int width, const product *p, const room *own,
-                        int64_t first, int64_t r0, int64_t token) {
-    const int64_t blocks = (p->w->columns + BLOCK - 1) / BLOCK, last = p->w->rows - 1 - first;
+/* 64 weights, the `block`-th of a row. */
+INLINE chunk expand(enum kind kind, int half, const matrix *w, const lines *rows, int r, int64_t block) {
+    const uint8_t *from = rows->bytes[r] + stored(kind, block * BLOCK);
+    for (int64_t at = 0; at < stored(kind, BLOCK); at += 64) FETCH(from + at);
+    if (kind == NF4) return expand_nf4(w->levels, from, rows->scales[r][block]);
+    if (kind == INT8) return expand_int8(from);
+    if (kind == DENSE) return expand_dense(from, half);
+    chunk c;
+    memcpy(&c, from, sizeof c);
+    return c;
+}
+
+/* `height` rows from the r0-th by `width` tokens from `token`, of weights expanded in x's order. */
+INLINE void plain_tile(enum kind kind, int half, int height, int width, const product *p, const group *g, int64_t r0,
+                       int64_t token) {
     const int parts = half ? 2 : PARTS;
     const char *x = p->x + token * p->stride;
-    lanes sums[HEIGHT][MOST_WIDTH];
+    lines rows = lines_of(height, p->w, g, r0);
+    lanes sums[MOST_HEIGHT][MOST_WIDTH];
     clear(height, width, sums);
-    for (int64_t b = 0; b < blocks; b++, x += parts * VECTOR) {
-        chunk c[HEIGHT];
-        for (int r = 0; r < height; r++) /* past the end: the last row again, and not stored */
-            c[r] = expand(kind, half, p->w, own, first, min(r0 + r, last), b, blocks);
-        for (int i = 0; i < parts; i++)
-            for (int r = 0; r < height; r++)
-                for (int t = 0; t < width; t++)
-                    sums[r][t] = dot(c[r].part[i], x + t * p->stride + i * VECTOR, sums[r][t], half);
+    for (int64_t b = 0; b < g->blocks; b++, x += parts * VECTOR) {
+        chunk c[MOST_HEIGHT];
+        reach(height, &rows, stored(kind, b * BLOCK), stored(kind, BLOCK), g->row_bytes);
+        EVERY(r, height) {
+            const chunk next = expand(kind, half, p->w, &rows, r, b);
+            if (width > 1) c[r] = next;
+            else EVERY(i, parts) sums[r][0] = dot(next.part[i], x + i * VECTOR, sums[r][0], half);
+        }
+        if (width > 1)
+            EVERY(i, parts) EVERY(r, height) EVERY(t, width)
+                sums[r][t] = dot(c[r].part[i], x + t * p->stride + i * VECTOR, sums[r][t], half);
     }
-    store(height, width, p, sums, first + r0, token);
+    for (int r = 0; r < height && r0 + r < g->count; r += HEIGHT)
+        store(kind, height < HEIGHT ? height : HEIGHT, width, p, sums + r, g, r0 + r, token);
 }
 
-#ifdef PAIRS
-/* The same for NF4 by bfloat16, two blocks at a time and for less: the levels themselves are looked up, rounded to
- * bfloat16, and a product's 16 sums, 8 of each block, meet the constants afterwards. Nibble i of the 32 words of 64
- * bytes is one lookup, which x is arranged for. */
-INLINE void nibble_tile(int height, int width, const product *p, const room *own, int64_t first, int64_t r0,
-                        int64_t token) {
-    const matrix *w = p->w;
-    const int64_t blocks = w->columns / BLOCK, row_bytes = w->columns / 2, last = w->rows - 1 - first;
-    const __m256i once = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(w->levels));
-    const __m512i levels = _mm512_broadcast_i64x4(once); /* twice: a lookup takes five bits, one of the next nibble */
+#ifdef WIDE
+/* The constants of two blocks, 8 lanes each. */
+INLINE lanes of_pair(const float *scales) {
     const __m512i of_block = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+    double two;
+    memcpy(&two, scales, 8);
+    return (lanes)_mm512_permutexvar_ps(of_block, _mm512_castpd_ps(_mm512_set1_pd(two)));
+}
+
+/* The same for NF4 in float32, two blocks at a time: nibble i of 16 words is one lookup, and a product's 16 sums, 8 of
+ * each block, meet the constants afterwards. */
+INLINE void nf4_tile(int height, int width, const product *p, const group *g, int64_t r0, int64_t token) {
+    const __m512 levels = _mm512_loadu_ps(p->w->levels);
     const char *x = p->x + token * p->stride;
-    lanes sums[HEIGHT][MOST_WIDTH];
+    lines rows = lines_of(height, p->w, g, r0);
+    lanes sums[MOST_HEIGHT][MOST_WIDTH];
     clear(height, width, sums);
-    for (int64_t b = 0; b < blocks; b += 2, x += 4 * BLOCK) {
-        __m512i part[HEIGHT][4];
-        __m512 scale[HEIGHT];
-        for (int r = 0; r < height; r++) {
-            const int64_t row = min(r0 + r, last); /* past the end: the last row again, and not stored */
-            const uint8_t *from = w->bytes + (first + row) * row_bytes + b * (BLOCK / 2);
-            __builtin_prefetch(from + 2 * HEIGHT * row_bytes, 0, 2);
-            const __m512i words = _mm512_loadu_si512(b + 1 < blocks ? from : own->rests + row * BLOCK);
-            for (int i = 0; i < 4; i++)
-                part[r][i] = _mm512_permutexvar_epi16(i ? _mm512_srli_epi16(words, 4 * i) : words, levels);
-            const double *two = (const double *)(own->scales + row * blocks + b);
-            scale[r] = _mm512_permutexvar_ps(of_block, _mm512_castpd_ps(_mm512_set1_pd(*two)));
+    for (int64_t b = 0; b < g->blocks; b += 2, x += 8 * BLOCK) {
+        __m512i words[HEIGHT];
+        lanes sum[HEIGHT][MOST_WIDTH];
+        reach(height, &rows, b * (BLOCK / 2), 64, g->row_bytes);
+        EVERY(r, height) {
+            FETCH(rows.bytes[r] + b * (BLOCK / 2));
+            words[r] = _mm512_loadu_si512(rows.bytes[r] + b * (BLOCK / 2));
         }
-        for (int t = 0; t < width; t++) {
-            lanes sum[HEIGHT];
-            for (int r = 0; r < height; r++) sum[r] = (lanes){0};
-            for (int i = 0; i < 4; i++)
-                for (int r = 0; r < height; r++) sum[r] = dot((lanes)part[r][i], x + t * p->stride + 64 * i, sum[r], 1);
-            for (int r = 0; r < height; r++) sums[r][t] = multiply_add(sum[r], (lanes)scale[r], sums[r][t]);
+        clear(height, width, sum);
+        EVERY(i, 8) EVERY(r, height) {
+            const __m512i index = i ? _mm512_srli_epi32(words[r], 4 * i) : words[r];
+            const lanes part = (lanes)_mm512_permutexvar_ps(index, levels);
+            EVERY(t, width) sum[r][t] = dot(part, x + t * p->stride + 64 * i, sum[r][t], 0);
+        }
+        EVERY(r, height) {
+            const lanes scale = of_pair(rows.scales[r] + b);
+            EVERY(t, width) sums[r][t] = multiply_add(sum[r][t], scale, sums[r][t]);
         }
     }
-    store(height, width, p, sums, first + r0, token);
+    store(NF4, height, width, p, sums, g, r0, token);
 }
 #endif
 
-/* HEIGHT rows of `size` bytes from `first`, expanded in `panel`, by WIDTH tokens from `token`. */
-INLINE void panel_tile(int half, const product *p, const char *panel, int64_t size, int64_t first, int64_t token) {
-    const char *x = p->x + token * p->stride;
-    lanes sums[HEIGHT][MOST_WIDTH];
-    clear(HEIGHT, WIDTH, sums);
-    for (int64_t at = 0; at < size; at += VECTOR)
-        for (int r = 0; r < HEIGHT; r++) {
-            lanes w;
-            memcpy(&w, panel + r * p->stride + at, VECTOR);
-            for (int t = 0; t < WIDTH; t++) sums[r][t] = dot(w, x + t * p->stride + at, sums[r][t], half);
-        }
-    store(HEIGHT, WIDTH, p, sums, first, token);
-}
+#ifdef WHOLE_NUMBERS
+#define LEVEL 8191.0f /* that stands for 1: eight products of 16 bits by it fit 32 */
 
-/* HEIGHT rows from `first` by all tokens. Of many tokens in bfloat16, whose products cost less than expanding the
- * weights again, all meet weights expanded once. */
-INLINE void rows_of(enum kind kind, int half, const product *p, const room *own, int64_t first) {
-    const matrix *w = p->w;
-    const int64_t blocks = (w->columns + BLOCK - 1) / BLOCK, count = min(HEIGHT, w->rows - first);
-    const int64_t row_bytes = stored(kind, w->columns), rest = row_bytes % BLOCK;
+/* int8 or NF4 by 16-bit activations, 128 positions at a time, whose scale is behind them in x. Nibble i of 32 words is one
+ * lookup, in a table that stands twice, since it takes five bits. */
+INLINE void whole_tile(enum kind kind, int height, int width, const product *p, const group *g, int64_t r0,
+                       int64_t token) {
+    const int64_t pairs = (g->blocks + 1) / 2, size = stored(kind, 2 * BLOCK);
+    __m512i table = {0};
     if (kind == NF4) {
-        expand_constants(w, first * blocks, count * blocks, own->scales);
-        own->scales[count * blocks] = 0; /* read where a last block has no pair */
+        const __m512 levels = _mm512_mul_ps(_mm512_loadu_ps(p->w->levels), _mm512_set1_ps(LEVEL));
+        table = _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(_mm512_cvtps_epi32(levels)));
     }
-    for (int64_t r = 0; r < count && rest; r++) {
-        memset(own->rests + r * BLOCK, 0, BLOCK);
-        memcpy(own->rests + r * BLOCK, w->bytes + (first + r + 1) * row_bytes - rest, rest);
-    }
-    if (half && p->tokens > MOST_WIDTH) {
-        for (int64_t r = 0; r < HEIGHT; r++)
-            for (int64_t b = 0; b < blocks; b++) {
-                const chunk c = expand(kind, half, w, own, first, min(r, count - 1), b, blocks);
-                memcpy(own->panel + r * p->stride + 2 * BLOCK * b, &c, 2 * BLOCK);
+    const char *x = p->x + token * p->stride, *rates = x + 4 * BLOCK * pairs;
+    lines rows = lines_of(height, p->w, g, r0);
+    lanes sums[MOST_HEIGHT][MOST_WIDTH];
+    clear(height, width, sums);
+    for (int64_t b = 0; b < pairs; b++, x += 4 * BLOCK, rates += 4) {
+        reach(height, &rows, b * size, size, g->row_bytes);
+        EVERY(r, height) {
+            const uint8_t *from = rows.bytes[r] + b * size;
+            __m512i part[4];
+            FETCH(from);
+            if (kind == NF4) {
+                const __m512i words = _mm512_loadu_si512(from);
+                EVERY(i, 4)
+                    part[i] = _mm512_permutexvar_epi16(i ? _mm512_srli_epi16(words, 4 * i) : words, table);
+            } else {
+                FETCH(from + 64);
+                EVERY(i, 4) part[i] = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from + i));
             }
-        for (int64_t token = 0; token < p->tokens; token += WIDTH)
-            panel_tile(half, p, own->panel, 2 * BLOCK * blocks, first, token);
-#ifdef PAIRS
-    } else if (kind == NF4 && half) {
-        if (p->tokens > 2)
-            for (int64_t r = 0; r < count; r += 2)
-                if (p->tokens > WIDTH)
-                    nibble_tile(2, MOST_WIDTH, p, own, first, r, 0);
-                else
-                    nibble_tile(2, WIDTH, p, own, first, r, 0);
-        else if (p->tokens > 1)
-            nibble_tile(HEIGHT, 2, p, own, first, 0, 0);
-        else
-            nibble_tile(HEIGHT, 1, p, own, first, 0, 0);
+            const lanes pair = kind == NF4 ? of_pair(rows.scales[r] + 2 * b) : (lanes){0};
+            EVERY(t, width) {
+                const char *own = x + t * p->stride;
+                __m512i sum = _mm512_setzero_si512(), other = sum;
+                sum = _mm512_dpwssd_epi32(sum, part[0], _mm512_loadu_si512(own));
+                other = _mm512_dpwssd_epi32(other, part[1], _mm512_loadu_si512(own + 64));
+                sum = _mm512_dpwssd_epi32(sum, part[2], _mm512_loadu_si512(own + 128));
+                other = _mm512_dpwssd_epi32(other, part[3], _mm512_loadu_si512(own + 192));
+                float rate;
+                memcpy(&rate, rates + t * p->stride, 4);
+                const lanes scale = kind == NF4 ? pair * rate : (lanes)_mm512_set1_ps(rate);
+                const __m512 wide = _mm512_cvtepi32_ps(_mm512_add_epi32(sum, other));
+                sums[r][t] = multiply_add((lanes)wide, scale, sums[r][t]);
+            }
+        }
+    }
+    store(kind, height, width, p, sums, g, r0, token);
+}
 #endif
-    } else if (p->tokens > WIDTH) {
-        for (int64_t r = 0; r < count; r += HEIGHT / 2)
-            for (int64_t token = 0; token < p->tokens; token += MOST_WIDTH)
-                direct_tile(kind, half, HEIGHT / 2, MOST_WIDTH, p, own, first, r, token);
+
+INLINE void tile(enum kind kind, enum arithmetic how, int height, int width, const product *p, const group *g,
+                 int64_t r0, int64_t token) {
+#ifdef WHOLE_NUMBERS
+    if (how == WHOLE) {
+        whole_tile(kind, height, width, p, g, r0, token);
+        return;
+    }
+#endif
+#ifdef WIDE
+    if (kind == NF4) {
+        nf4_tile(height, width, p, g, r0, token);
+        return;
+    }
+#endif
+    plain_tile(kind, how == HALVES, height, width, p, g, r0, token);
+}
+
+/* Rows worked on in one go. */
+INLINE int64_t height_of(enum kind kind, enum arithmetic how, int64_t tokens) {
+#ifdef WIDE
+    if (tokens == 1 && how == WIDENED && (kind == DENSE || kind == FLOATS)) return MOST_HEIGHT;
+#endif
+    return HEIGHT;
+}
+
+/* A group of rows by all tokens. */
+INLINE void rows_of(enum kind kind, enum arithmetic how, const product *p, group *g) {
+    const matrix *w = p->w;
+    const int64_t size = how == WHOLE && kind == INT8 ? 128 : kind == NF4 && VECTOR < 64 ? 32 : 64;
+    const int64_t rest = g->row_bytes % size, tokens = p->tokens;
+    for (int64_t r = 0; r < g->count; r++) {
+        const int64_t row = g->first + r * g->apart;
+        if (kind == NF4) {
+            float *scales = g->scales + r * (g->blocks + 1);
+            expand_constants(w, row * g->blocks, g->blocks, scales);
+            scales[g->blocks] = 0; /* read where a last block has no pair */
+        }
+        if (rest) {
+            memset(g->rests + r * MOST_REST, 0, MOST_REST);
+            memcpy(g->rests + r * MOST_REST, w->bytes + (row + 1) * g->row_bytes - rest, rest);
+        }
+    }
+    if (tokens == 1)
+        tile(kind, how, height_of(kind, how, 1), 1, p, g, 0, 0);
+    else if (tokens == 2)
+        tile(kind, how, HEIGHT, 2, p, g, 0, 0);
+    else
+        for (int64_t r = 0; r < g->count; r += 2)
+            for (int64_t token = 0; token < tokens; token += MOST_WIDTH)
+                if (tokens - token > WIDTH)
+                    tile(kind, how, 2, MOST_WIDTH, p, g, r, token);
+                else
+                    tile(kind, how, 2, WIDTH, p, g, r, token);
+}
+
+/* A function each, so that kind and arithmetic are constants in it. */
+typedef void work(const product *, group *);
+#define ROWS_OF(NAME, KIND, HOW) \
+    static void NAME(const product *p, group *g) { rows_of(KIND, HOW, p, g); }
+ROWS_OF(nf4_widened, NF4, WIDENED)
+ROWS_OF(int8_widened, INT8, WIDENED)
+ROWS_OF(dense_widened, DENSE, WIDENED)
+ROWS_OF(floats_widened, FLOATS, WIDENED)
+#ifdef WHOLE_NUMBERS
+ROWS_OF(nf4_whole, NF4, WHOLE)
+ROWS_OF(int8_whole, INT8, WHOLE)
+#else
+#define nf4_whole nf4_widened
+#define int8_whole int8_widened
+#endif
+#ifdef PAIRS
+ROWS_OF(dense_halves, DENSE, HALVES)
+#else
+#define dense_halves dense_widened
+#endif
+
+INLINE int place(enum order order, int i) { /* of what comes to position i of 128 */
+    if (order == SPLIT) return (i & 64) + 2 * (i & 31) + (i >> 5 & 1);
+    if (order == NIBBLES) return 4 * (i & 31) + (i >> 5 ^ 1);
+    if (order == LONG_NIBBLES) return 8 * (i & 15) + (i >> 4 ^ 1);
+    if (order == EVENS) return (i & 96) + 2 * (i & 15) + (i >> 4 & 1);
+    return i;
+}
+
+meeting meet(enum kind kind, int64_t columns, int x_half, int64_t tokens) {
+    meeting m = {NATURAL, WIDENED, 0, 0, 0};
+#ifdef PAIRS
+    if (x_half && kind == DENSE && tokens > 1) m.how = HALVES;
+#endif
+#ifdef WHOLE_NUMBERS
+    if (x_half && (kind == NF4 || kind == INT8)) m.how = WHOLE;
+#endif
+#ifdef WIDE
+    if (kind == NF4) m.order = m.how == WHOLE ? NIBBLES : LONG_NIBBLES;
+    if (kind == DENSE && m.how == WIDENED) m.order = EVENS;
+#else
+    if (kind == NF4) m.order = SPLIT;
+#endif
+    const int64_t blocks = (columns + BLOCK - 1) / BLOCK, padded = (tokens + MOST_WIDTH - 1) / MOST_WIDTH * MOST_WIDTH;
+    m.stride = even(blocks) * BLOCK * (m.how == WIDENED ? 4 : 2);
+    if (m.how == WHOLE) m.stride += (even(blocks) * 2 + 63) / 64 * 64; /* a scale for each pair of blocks */
+    m.arranged = padded * m.stride;
+    m.each = MOST_HEIGHT * (MOST_REST + (blocks + 1) * 4 + 64) / 64 * 64;
+    return m;
+}
+
+/* `count` of 128 positions of x to the `at`-th of an arranged token, in order; zeros beyond. */
+INLINE void arrange_piece(enum order order, const meeting *m, const void *x, int x_half, int64_t count, char *token,
+                          int64_t at, int64_t pairs) {
+    float wide[2 * BLOCK] = {0}, placed[2 * BLOCK];
+    if (x_half)
+        for (int i = 0; i < count; i++) wide[i] = widen(((const uint16_t *)x)[i]);
+    else if (count > 0)
+        memcpy(wide, x, 4 * count);
+    for (int i = 0; i < 2 * BLOCK; i++) placed[i] = wide[one_by_one(place(order, i))];
+    if (m->how == WIDENED) {
+        memcpy((float *)token + at, placed, sizeof placed);
+    } else if (m->how == HALVES) {
+        for (int i = 0; i < 2 * BLOCK; i++) ((uint16_t *)token)[at + i] = narrow(placed[i]);
+#ifdef WHOLE_NUMBERS
     } else {
-        const int height = half ? HEIGHT : HEIGHT / 2; /* float32 takes twice the registers */
-        for (int64_t r = 0; r < count; r += height)
-            if (p->tokens > 2)
-                direct_tile(kind, half, height, 4, p, own, first, r, 0);
-            else if (p->tokens > 1)
-                direct_tile(kind, half, height, 2, p, own, first, r, 0);
-            else
-                direct_tile(kind, half, height, 1, p, own, first, r, 0);
+        float most = 0;
+        for (int i = 0; i < 2 * BLOCK; i++) most = __builtin_fabsf(placed[i]) > most ? __builtin_fabsf(placed[i]) : most;
+        const float rate = most > 0 ? 32767.0f / most : 0, level = order == NIBBLES ? LEVEL : 1;
+        for (int i = 0; i < 2 * BLOCK; i++) ((int16_t *)token)[at + i] = (int16_t)__builtin_rintf(placed[i] * rate);
+        ((float *)(token + 4 * BLOCK * pairs))[at / (2 * BLOCK)] = most / (32767.0f * level);
+#endif
     }
 }
 
-/* A function each, so that kind and half are constants in it. */
-#define ROWS_OF(NAME, KIND, HALF) \
-    static void NAME(const product *p, const room *own, int64_t first) { rows_of(KIND, HALF, p, own, first); }
-ROWS_OF(nf4_wide, NF4, 0)
-ROWS_OF(int8_wide, INT8, 0)
-ROWS_OF(dense_wide, DENSE, 0)
-#ifdef PAIRS
-ROWS_OF(nf4_half, NF4, 1)
-ROWS_OF(int8_half, INT8, 1)
-ROWS_OF(dense_half, DENSE, 1)
-#else
-#define nf4_half nf4_wide
-#define int8_half int8_wide
-#define dense_half dense_wide
-#endif
+void arrange(const meeting *m, const void *x, int x_half, int64_t tokens, int64_t columns, char *to) {
+    const int64_t pairs = (columns + 2 * BLOCK - 1) / (2 * BLOCK), size = x_half ? 2 : 4;
+#pragma omp for schedule(static)
+    for (int64_t piece = 0; piece < tokens * pairs; piece++) {
+        const int64_t t = piece / pairs, at = piece % pairs * 2 * BLOCK, count = min(2 * BLOCK, columns - at);
+        const char *from = (const char *)x + (t * columns + at) * size;
+        char *token = to + t * m->stride;
+#define PIECE(ORDER) \
+    case ORDER: arrange_piece(ORDER, m, from, x_half, count, token, at, pairs); break
+        switch (m->order) {
+            PIECE(NATURAL);
+            PIECE(SPLIT);
+            PIECE(NIBBLES);
+            PIECE(LONG_NIBBLES);
+            PIECE(EVENS);
+        }
+    }
+    if (tokens > 1) { /* a single token has no tile of several */
+#pragma omp single
+        memset(to + tokens * m->stride, 0, m->arranged - tokens * m->stride);
+    }
+}
+
+void multiply(enum kind kind, const meeting *m, const product *p, char *rooms) {
+    static work *const works[][3] = {{nf4_widened, NULL, nf4_whole},
+                                     {int8_widened, NULL, int8_whole},
+                                     {dense_widened, dense_halves, NULL},
+                                     {floats_widened, NULL, NULL}};
+    work *const run = works[kind][m->how];
+    const int64_t rows = p->w->rows, height = height_of(kind, m->how, p->tokens);
+    char *own = rooms + THREAD * m->each;
+    group g = {0, 0, 0, (p->w->columns + BLOCK - 1) / BLOCK, stored(kind, p->w->columns),
+               (float *)(own + MOST_HEIGHT * MOST_REST), (uint8_t *)own};
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t unit = 0; unit < rows; unit += UNIT) {
+        const int64_t left = min(UNIT, rows - unit);
+        g.apart = (left + height - 1) / height;
+        for (int64_t i = 0; i < g.apart; i++) {
+            g.first = unit + i;
+            g.count = (left - i + g.apart - 1) / g.apart;
+            run(p, &g);
+        }
+    }
+}
 
 /* Packed by Python: one word each. */
 _Static_assert(sizeof(void *) == 8, "words hold pointers");
@@ -445,125 +485,17 @@ typedef struct {
     int64_t threads;
 } request;
 
-/* How x lies beside the weights of a pair of blocks: as it is, per block even positions before odd ones, or per pair
- * the positions of the four nibbles of 32 little-endian words. */
-enum order { NATURAL, SPLIT, NIBBLES };
-
-INLINE int place(enum order order, int i) { /* of what comes to position i of 128 */
-    if (order == SPLIT) return (i & 64) + 2 * (i & 31) + (i >> 5 & 1);
-    if (order == NIBBLES) return 4 * (i & 31) + (i >> 5 ^ 1);
-    return i;
-}
-
-/* x widened if need be, padded with zeros to pairs of blocks, in order. */
-INLINE void arrange(enum order order, int half, const request *q, char *to, int64_t stride) {
-    const int64_t columns = q->w.columns, size = half ? 2 : 4;
-    for (int64_t t = 0; t < q->tokens; t++)
-        for (int64_t at = 0; at * size < stride; at += 2 * BLOCK) {
-            const int64_t count = min(2 * BLOCK, columns - at), from = t * columns + at;
-            uint16_t halves[2 * BLOCK] = {0}, *half_to = (uint16_t *)(to + t * stride) + at;
-            float wide[2 * BLOCK] = {0}, *wide_to = (float *)(to + t * stride) + at;
-            if (q->x_half)
-                memcpy(halves, (const uint16_t *)q->x + from, 2 * count);
-            else
-                memcpy(wide, (const float *)q->x + from, 4 * count);
-            for (int i = 0; i < 2 * BLOCK && half; i++) half_to[i] = halves[place(order, i)];
-            for (int i = 0; i < 2 * BLOCK && q->x_half && !half; i++) wide[i] = widen(halves[i]);
-            for (int i = 0; i < 2 * BLOCK && !half; i++) wide_to[i] = wide[place(order, i)];
-        }
-}
-
-/* Returns 1 where memory is short, else 0. NF4 and dense weights need columns that are a multiple of
- * 64. */
+/* Returns 1 where memory is short, else 0. All but int8 needs columns that are a multiple of 64. */
 int matmul(const request *q) {
-    const enum kind kind = q->kind;
-    const int64_t rows = q->w.rows, columns = q->w.columns, tokens = q->tokens;
-#ifdef PAIRS
-    const int half = q->x_half;
-#else
-    const int half = 0;
-#endif
-    const int64_t blocks = (columns + BLOCK - 1) / BLOCK, stride = even(blocks) * BLOCK * (half ? 2 : 4);
-    const int64_t padded = (tokens + MOST_WIDTH - 1) / MOST_WIDTH * MOST_WIDTH;
-    const int64_t each = HEIGHT * (stride + BLOCK + (blocks * 4 + 64) / 64 * 64); /* bytes of a thread's room */
-    char *arranged = aligned_alloc(64, padded * stride + q->threads * each);
+    const meeting m = meet(q->kind, q->w.columns, q->x_half, q->tokens);
+    char *arranged = aligned_alloc(64, m.arranged + q->threads * m.each);
     if (!arranged) return 1;
-    if (kind != NF4)
-        arrange(NATURAL, half, q, arranged, stride);
-    else if (half && tokens <= MOST_WIDTH)
-        arrange(NIBBLES, half, q, arranged, stride);
-    else
-        arrange(SPLIT, half, q, arranged, stride);
-    memset(arranged + tokens * stride, 0, (padded - tokens) * stride);
-    const float *scale = kind == INT8 ? q->w.constants : NULL;
-    const product p = {&q->w, arranged, stride, tokens, scale, q->bias, q->out, q->x_half};
-    void (*const runs[][2])(const product *, const room *, int64_t) = {
-        {nf4_wide, nf4_half}, {int8_wide, int8_half}, {dense_wide, dense_half}};
+    const product p = {&q->w, arranged, m.stride, q->tokens, q->bias, q->out, q->x_half, 0};
 #pragma omp parallel num_threads(q->threads) if (q->threads > 1)
     {
-        char *panel = arranged + padded * stride + THREAD * each;
-        uint8_t *rests = (uint8_t *)panel + HEIGHT * stride;
-        const room own = {panel, (float *)(rests + HEIGHT * BLOCK), rests};
-#pragma omp for schedule(static)
-        for (int64_t first = 0; first < rows; first += HEIGHT) runs[kind][half](&p, &own, first);
+        arrange(&m, q->x, q->x_half, q->tokens, q->w.columns, arranged);
+        multiply(q->kind, &m, &p, arranged + m.arranged);
     }
     free(arranged);
     return 0;
-}
-
-/* out (count) float32, or bfloat16 where out_half, from NF4 blocks that run over the flattened matrix. */
-void nf4_dequantize(const uint8_t *bytes, const uint8_t *codes, const float *constants, const float *offset,
-                    const float *map, const float *levels, int64_t count, void *out, int out_half, int threads) {
-    const matrix w = {bytes, codes, constants, offset, map, levels, 0, 0};
-    const int64_t blocks = (count + BLOCK - 1) / BLOCK;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t b = 0; b < blocks; b++) {
-        const int64_t left = count - b * BLOCK;
-        uint8_t padded[BLOCK / 2] = {0};
-        const uint8_t *from = bytes + b * (BLOCK / 2);
-        if (left < BLOCK) from = memcpy(padded, from, (left + 1) / 2);
-        const int64_t size = left < BLOCK ? left : BLOCK;
-        float scale;
-        expand_constants(&w, b, 1, &scale);
-        flat natural;
-        if (out_half) {
-            flat split;
-#ifdef PAIRS
-            const chunk c = expand_nf4(&w, from, scale, 1);
-            memcpy(&split, &c, 2 * BLOCK);
-#else
-            const chunk c = expand_nf4(&w, from, scale, 0);
-            float wide[BLOCK];
-            memcpy(wide, &c, 4 * BLOCK);
-            for (int i = 0; i < BLOCK; i++) split.halves[i] = narrow(wide[i]);
-#endif
-            for (int i = 0; i < 32; i++) {
-                natural.halves[2 * i] = split.halves[i];
-                natural.halves[2 * i + 1] = split.halves[32 + i];
-            }
-            memcpy((uint16_t *)out + b * BLOCK, &natural, 2 * size);
-        } else {
-            const chunk c = expand_nf4(&w, from, scale, 0);
-            flat split;
-            memcpy(&split, &c, 4 * BLOCK);
-            for (int i = 0; i < 32; i++) {
-                natural.floats[2 * i] = split.floats[i];
-                natural.floats[2 * i + 1] = split.floats[32 + i];
-            }
-            memcpy((float *)out + b * BLOCK, &natural, 4 * size);
-        }
-    }
-}
-
-/* out (rows, columns) float32, or bfloat16 where out_half. */
-void int8_dequantize(const int8_t *values, const float *scale, int64_t rows, int64_t columns, void *out, int out_half,
-                     int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; row++) {
-        const int8_t *from = values + row * columns;
-        if (out_half)
-            for (int64_t i = 0; i < columns; i++) ((uint16_t *)out)[row * columns + i] = narrow(from[i] * scale[row]);
-        else
-            for (int64_t i = 0; i < columns; i++) ((float *)out)[row * columns + i] = from[i] * scale[row];
-    }
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,12 +22,13 @@ from burnish.device import multiplies_bfloat16
 from burnish.native import build
 
 DTYPES = (torch.float32, torch.bfloat16)
-NF4, INT8, DENSE = 0, 1, 2
+NF4, INT8, DENSE, FLOATS = 0, 1, 2, 3
 MOST_TOKENS = 32  # above it, expanding the matrix once and torch's product cost less
 MOST_DENSE_TOKENS = 4 if multiplies_bfloat16() else 32  # the same for bfloat16
 SMALL = 1 << 16  # weights below which waking a second thread costs more than it saves
 
 REQUEST = struct.Struct("=15q")  # of the C function `matmul`: one packed argument costs a tenth of fifteen
+Stored = tuple[Tensor | None, ...]
 _lock = threading.Lock()
 _loaded: list[ctypes.CDLL | None] = []
 
@@ -77,12 +79,22 @@ def nf4_matmul(
     packed (out * in / 2,) uint8; constants (absmax float32,) per block of 64, or (codes uint8 per block, absmax2
     float32 per 256 blocks, offset float32, map (256,) float32); levels (16,) float32.
     """
-    return _matmul(NF4, x, bias, shape, _stored(packed, constants, levels))
+    return _matmul(NF4, x, bias, shape, as_stored(packed, constants, levels))
 
 
 def int8_matmul(x: Tensor, bias: Tensor | None, values: Tensor, scale: Tensor) -> Tensor:
     """x (tokens, in) -> (tokens, out) in x's dtype; values (out, in) int8, scale (out,) float32."""
-    return _matmul(INT8, x, bias, values.shape, _stored(values, (scale,), None))
+    return _matmul(INT8, x, bias, values.shape, as_stored(values, (scale,), None))
+
+
+def read_seconds(memory: Tensor) -> float | None:
+    """Seconds that reading a tensor takes at best, with torch's number of threads; None without the library."""
+    found = library()
+    if found is None:
+        return None
+    start = time.perf_counter()
+    found.read_memory(memory.data_ptr(), memory.numel() * memory.element_size(), torch.get_num_threads())
+    return time.perf_counter() - start
 
 
 def nf4_dequantize(
@@ -90,9 +102,9 @@ def nf4_dequantize(
 ) -> Tensor:
     """The matrix of `shape` in float32 or bfloat16, from tensors as for `nf4_matmul`."""
     out = torch.empty(shape, dtype=dtype, device="cpu")
-    stored = _stored(packed, constants, levels)
+    stored = as_stored(packed, constants, levels)
     half, count = dtype == torch.bfloat16, out.numel()
-    _ready().nf4_dequantize(*map(_pointer, stored), count, _pointer(out), half, _threads(count))
+    ready().nf4_dequantize(*map(_pointer, stored), count, _pointer(out), half, _threads(count))
     return out
 
 
@@ -101,11 +113,11 @@ def int8_dequantize(dtype: torch.dtype, values: Tensor, scale: Tensor) -> Tensor
     out = torch.empty(values.shape, dtype=dtype, device="cpu")
     values, scale = values.contiguous(), _wide(scale)
     half, threads = dtype == torch.bfloat16, _threads(out.numel())
-    _ready().int8_dequantize(_pointer(values), _pointer(scale), *values.shape, _pointer(out), half, threads)
+    ready().int8_dequantize(_pointer(values), _pointer(scale), *values.shape, _pointer(out), half, threads)
     return out
 
 
-def _matmul(kind: int, x: Tensor, bias: Tensor | None, shape: Sequence[int], stored: Sequence[Tensor | None]) -> Tensor:
+def _matmul(kind: int, x: Tensor, bias: Tensor | None, shape: Sequence[int], stored: Stored) -> Tensor:
     rows, columns = shape
     if x.dim() != 2 or x.shape[1] != columns:
         raise ValueError(f"x is {tuple(x.shape)}; the matrix takes (tokens, {columns})")
@@ -115,15 +127,15 @@ def _matmul(kind: int, x: Tensor, bias: Tensor | None, shape: Sequence[int], sto
     out = x.new_empty(tokens, rows)
     half, threads = x.dtype is torch.bfloat16, _threads(rows * columns)
     given = (rows, columns, x.data_ptr(), half, tokens, _pointer(bias), out.data_ptr(), threads)
-    if _ready().matmul(REQUEST.pack(kind, *map(_pointer, stored), *given)):
+    if ready().matmul(REQUEST.pack(kind, *map(_pointer, stored), *given)):
         raise MemoryError(f"no memory for {tokens} x {columns} activations")
     return out
 
 
-def _stored(values: Tensor, constants: Sequence[Tensor], levels: Tensor | None) -> tuple[Tensor | None, ...]:
+def as_stored(values: Tensor, constants: Sequence[Tensor], levels: Tensor | None) -> Stored:
     """As the C functions take them: values, codes, constants, offset, map, levels."""
-    if len(constants) == 1:
-        return values.contiguous(), None, _wide(constants[0]), None, None, levels
+    if len(constants) < 2:
+        return values.contiguous(), None, _wide(constants[0]) if constants else None, None, None, levels
     codes, absmax2, offset, code_map = constants
     return values.contiguous(), codes, _wide(absmax2), _wide(offset), code_map, levels
 
@@ -141,7 +153,7 @@ def _threads(weights: int) -> int:
     return torch.get_num_threads() if weights > SMALL else 1
 
 
-def _ready() -> ctypes.CDLL:
+def ready() -> ctypes.CDLL:
     found = library()
     assert found is not None, "ask usable() first"
     return found
@@ -149,12 +161,16 @@ def _ready() -> ctypes.CDLL:
 
 def _load(extra: Sequence[str] = ()) -> ctypes.CDLL | None:
     """The library built with `extra` flags; None where it cannot be had."""
-    found = build.load([Path(__file__).with_name("products.c")], extra=extra)
+    folder = Path(__file__).parent
+    sources = [folder / f"{name}.c" for name in ("products", "expand", "decode")]
+    found = build.load(sources, [folder / "weights.h"], extra)
     if found is not None:
         pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         found.matmul.argtypes = [ctypes.c_char_p]
+        found.decode.argtypes = [pointer, pointer, count, pointer]
+        found.read_memory.argtypes, found.read_memory.restype = [pointer, count, flag], count
         found.nf4_dequantize.argtypes = [*[pointer] * 6, count, pointer, flag, flag]
         found.int8_dequantize.argtypes = [pointer, pointer, count, count, pointer, flag, flag]
-        found.matmul.restype = flag
+        found.matmul.restype = found.decode.restype = flag
         found.nf4_dequantize.restype = found.int8_dequantize.restype = None
     return found

@@ -1,0 +1,133 @@
+"""The fast path of decoding on a CPU: steps of one token a row through whole layers in C (`native/decode.c`).
+
+A step is bound by the bytes of the weights. Run as modules, a layer is a dozen calls with the machine idle between
+them; fused, its norms, projections, rotation, attention, activation and residuals are one loop of one team of threads.
+`fused` puts it before a network's layers and takes it away again; nothing of the network changes. Layers that it does
+not know (a wrapped projection, a norm behind the sum, a hook) run as they are, between those that it knows. Prefill and
+training are not touched.
+
+Activations are float32 within a step, whatever dtype the network computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from burnish.model.attention import Attention, Frame
+from burnish.model.cache import KVCache
+from burnish.model.linear import Linear
+from burnish.model.network import Network
+from burnish.model.norm import CentredNorm, Norm
+from burnish.model.spec import Spec
+from burnish.model.transformer import MLP, Layer, Transformer
+from burnish.native import decode, products
+
+MOST_ROWS = products.MOST_TOKENS
+
+
+@contextmanager
+def fused(net: Network) -> Iterator[None]:
+    """Decode by the fast path inside the block, where there is one for this network. Weights must not change in it."""
+    stepper = None
+    if isinstance(net, Transformer) and products.usable(net.embed_tokens.weight.device, net.dtype):
+        stepper = Stepper(net)
+    if stepper is None or not any(stepper.known):
+        yield
+        return
+    assert isinstance(net, Transformer)
+    before = net.stepper
+    net.stepper = stepper
+    try:
+        yield
+    finally:
+        net.stepper = before
+
+
+class Stepper:
+    """Goes through the layers for a step of one token a row; None for anything else."""
+
+    def __init__(self, net: Transformer):
+        self.net = net
+        self.known = [describe(layer) for layer in net.layers]
+        self.layers = decode.Layers(shape_of(net.spec), [known or ({}, {}, 1.0) for known in self.known])
+
+    def __call__(self, x: Tensor, frames: Sequence[Frame]) -> Tensor | None:
+        """x (rows, hidden) before the layers -> after them."""
+        frame, cache = frames[0], frames[0].cache
+        if type(cache) is not KVCache or frame.length != 1 or frame.prefix is not None or frame.real is not None:
+            return None
+        if len(x) > MOST_ROWS or torch.is_grad_enabled() or cache.keys.dtype not in products.DTYPES:
+            return None
+        runs = groupby(range(len(self.known)), key=lambda index: (self.known[index] is not None, id(frames[index])))
+        for (known, _), run in runs:
+            indices = list(run)
+            own = frames[indices[0]]
+            if not known:
+                for index in indices:
+                    x = self.net.layers[index](x, own)
+                continue
+            rotary = None if own.rotary is None else tuple(part[:, 0, 0] for part in own.rotary)
+            mask = own.mask
+            if mask is not None:
+                mask = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, :, 0]
+            span = range(indices[0], indices[-1] + 1)
+            x = self.layers.run(span, x, cache.keys, cache.values, cache.length, rotary, mask)  # type: ignore[arg-type]
+        return x
+
+
+def shape_of(spec: Spec) -> decode.Shape:
+    rotated = int(spec.head_dim * spec.rotary_share) if spec.positions == "rotary" else 0
+    sizes = (spec.hidden_size, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.intermediate_size)
+    return decode.Shape(*sizes, spec.fused_qkv, bool(spec.parallel_norms), spec.activation, rotated, spec.clip_qkv)
+
+
+def describe(layer: nn.Module) -> tuple[dict[str, decode.Matrix], dict[str, decode.Norm], float] | None:
+    """A layer's projections, norms and scale of scores; None where it is not all the network's own."""
+    kinds = (Layer, Attention, MLP, Linear, Norm, CentredNorm)
+    if type(layer) is not Layer:
+        return None
+    spec, attention, mlp = layer.spec, layer.self_attn, layer.mlp
+    own = [part for part in layer.modules() if not isinstance(part, nn.Identity)]
+    strange = [part for part in own if part._forward_hooks or part._forward_pre_hooks]
+    parts = [layer, attention, mlp, *layer.children(), *attention.children(), *mlp.children()]
+    if strange or any(type(part) not in kinds for part in parts):
+        return None
+    if spec.post_norm or spec.attention_softcap or spec.head_dim > decode.MOST_HEAD_SIZE or len(parts) < 3:
+        return None
+    named = {
+        "q": attention.qkv_proj if spec.fused_qkv else attention.q_proj,
+        "k": None if spec.fused_qkv else attention.k_proj,
+        "v": None if spec.fused_qkv else attention.v_proj,
+        "o": attention.o_proj, "gate": mlp.gate_proj or mlp.up_proj, "up": mlp.gate_proj and mlp.up_proj,
+        "down": mlp.down_proj,
+    }  # fmt: skip
+    matrices = {}
+    for name, linear in named.items():
+        if linear is None:
+            continue
+        stored = linear.weight.as_stored()
+        if stored is None or linear.weight.shape[0] != linear.out_features:
+            return None
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        matrices[name] = decode.Matrix(*stored, (linear.out_features, linear.in_features), bias)
+    sandwich = spec.sandwich_norm
+    norms = {
+        "before_attention": layer.input_layernorm,
+        "after_attention": layer.post_attention_layernorm if sandwich else None,
+        "before_mlp": layer.pre_feedforward_layernorm if sandwich else getattr(layer, "post_attention_layernorm", None),
+        "after_mlp": layer.post_feedforward_layernorm if sandwich else None,
+        "q_norm": attention.q_norm, "k_norm": attention.k_norm,
+    }  # fmt: skip
+    written = {name: norm_of(norm) for name, norm in norms.items() if norm is not None}
+    return matrices, written, attention.scale or spec.head_dim**-0.5
+
+
+def norm_of(norm: Norm) -> decode.Norm:
+    weight = norm.weight.detach().float()
+    bias = None if norm.bias is None else norm.bias.detach().float()
+    return decode.Norm(weight + 1 if isinstance(norm, CentredNorm) else weight, bias, not norm.rms, norm.eps)
