@@ -14,6 +14,7 @@ from burnish.engine.decoding import GenerationConfig
 from burnish.engine.generate import Prompt, stream
 from burnish.model.bundle import Model
 from burnish.model.example import IGNORE, Example
+from burnish.native import products
 from burnish.store.checkpoint import load
 
 READ = 1 << 30  # bytes read to measure the bandwidth
@@ -79,7 +80,8 @@ def limits(job: Result) -> dict[str, Any]:
     if where.type == "cpu" and not device.multiplies_bfloat16():
         kind = torch.float32
     block = torch.ones(READ // 4, dtype=torch.float32, device=where)
-    seconds = fastest(block.sum, where)
+    native = where.type == "cpu" and products.usable(where, torch.float32)
+    seconds = fastest((lambda: products.read_memory(block)) if native else block.sum, where)
     a, b = (torch.randn(SIDE, SIDE, device=where).to(kind) for _ in range(2))
     multiplied = fastest(lambda: a @ b, where)
     return {

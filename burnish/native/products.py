@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -87,14 +86,9 @@ def int8_matmul(x: Tensor, bias: Tensor | None, values: Tensor, scale: Tensor) -
     return _matmul(INT8, x, bias, values.shape, as_stored(values, (scale,), None))
 
 
-def read_seconds(memory: Tensor) -> float | None:
-    """Seconds that reading a tensor takes at best, with torch's number of threads; None without the library."""
-    found = library()
-    if found is None:
-        return None
-    start = time.perf_counter()
-    found.read_memory(memory.data_ptr(), memory.numel() * memory.element_size(), torch.get_num_threads())
-    return time.perf_counter() - start
+def read_memory(memory: Tensor) -> None:
+    """Read a tensor once and do nothing with it, as fast as torch's number of threads can; after `usable`."""
+    ready().read_memory(memory.data_ptr(), memory.numel() * memory.element_size(), torch.get_num_threads())
 
 
 def nf4_dequantize(
