@@ -235,3 +235,42 @@ def test_the_command_line(root, nothing_stays, capsys):
     assert cli.main(words) == 0 and cli.main([*words, "--memory-limit", "60GB"]) == 0
     plain, limited = map(json.loads, capsys.readouterr().out.splitlines())
     assert plain == limited
+
+
+class Side:
+    """A stream that is done at once."""
+
+    def wait_stream(self, other) -> None:
+        self.waited = True
+
+    def record_event(self) -> str:
+        assert self.waited, "a copy waits for those who still read the place"
+        return "copied"
+
+
+def test_the_way_of_a_gpu_by_the_hosts_memory(root, monkeypatch, nothing_stays):
+    """Units are read once, into the host's memory, and copied from there; streams and events are replaced."""
+    waited: list[str] = []
+    main = SimpleNamespace(wait_event=waited.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    plain, model = load(folder(root, "llama")), load(folder(root, "llama"), memory_limit=PLENTY)
+    moved = mover(model)
+    moved.side = Side()
+    same(model, plain)
+    assert len(waited) == 3 * len(moved.units) and set(waited) == {"copied"}
+    monkeypatch.setattr(Reader, "read", None)  # nothing is read again
+    same(model, plain)
+    monkeypatch.setattr(offload, "choose", lambda sizes, free: {1})
+    same(model, plain)
+    assert [unit.host is None for unit in moved.units] == [False] * 5  # divided once, for this request
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(root, nothing_stays):
+    for family in ("llama", "gpt2", "t5"):
+        source = folder(root, family)
+        plain, model = load(source, device="cuda"), load(source, device="cuda", memory_limit=PLENTY)
+        prompts = [Example([5, 9, 33], [-100] * 3)]
+        assert generate(model, prompts, GREEDY)[0].ids == generate(plain, prompts, GREEDY)[0].ids
