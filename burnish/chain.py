@@ -148,6 +148,8 @@ def merge(model: Model, keep: bool = False) -> list[str]:
     With `keep` the weights that it changes are copied first, so that `unmerge` can give them back. Raises UserError
     where a technique is a collection's, which changes a state of its own in merging.
     """
+    if model.net.runs_only:
+        raise UserError(f"merge: {model.net.runs_only}")
     foreign = [link.name for link in model.chain if ":" in link.name]
     if keep and foreign:
         raise UserError(f"merge: '{foreign[0]}' cannot be taken out again; leave keep away")

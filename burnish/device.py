@@ -122,6 +122,14 @@ def return_freed_memory() -> None:
         trim(0)
 
 
+def return_large_blocks() -> None:
+    """Have glibc's malloc give blocks of a MiB and more back as soon as they are freed, from now on; it keeps up to
+    two of 32 MiB else."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, which else grows with what is freed
+
+
 def available_memory(device: torch.device | str = "cpu") -> int:
     """Bytes that this process can still take on `device`, within the cgroup's limit on a CPU."""
     if torch.device(device).type == "cuda":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from burnish.chain import Model
-from burnish.config import UserError, to_mapping
+from burnish.config import Bytes, UserError, to_mapping
 from burnish.device import parse_dtype, pick_device
 from burnish.engine.generate import GenerationConfig, Prompt, chat_prompt, generate, stream
 from burnish.store.checkpoint import load
@@ -25,13 +25,17 @@ class ModelConfig:
     model: str = field(default="pebble", metadata={"help": "folder, hub id, or pebble, the embedded model"})
     dtype: str | None = field(default=None, metadata={"help": "bf16, fp16 or fp32; none: as stored"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
+    memory_limit: Bytes | None = field(
+        default=None, metadata={"help": "most memory of the process, or of the GPU: layers are read as they run"}
+    )
     adapters: dict[str, str] = field(
         default_factory=dict, metadata={"help": "LoRA folders by name, as in '{fr: runs/fr, de: runs/de}'"}
     )
     adapter: str | None = field(default=None, metadata={"help": "the one of them to use; none: the bare model"})
 
     def load(self) -> Model:
-        model = load(self.model, parse_dtype(self.dtype), pick_device(self.device))
+        dtype, device = parse_dtype(self.dtype), pick_device(self.device)
+        model = load(self.model, dtype, device, memory_limit=self.memory_limit)
         if self.adapter is not None and not self.adapters:
             raise UserError("adapter: no adapters are given; name them, as in --adapters '{fr: runs/fr}'")
         if self.adapters:

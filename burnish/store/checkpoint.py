@@ -26,6 +26,8 @@ from burnish.model.families import read_spec
 from burnish.model.linear import Dense, Linear, Unread, Weight
 from burnish.model.network import Layout, Network
 from burnish.model.spec import Head
+from burnish.place.offload import Offload
+from burnish.place.units import movable
 from burnish.store import adapters
 from burnish.store.hub import resolve
 from burnish.store.identity import identity
@@ -57,14 +59,16 @@ def load(
     head: Head | None = None,
     techniques: Sequence[chains.TechniqueSpec] = (),
     unread: bool = False,
+    memory_limit: int | None = None,
 ) -> Model:
     """The model in a folder: a Hugging Face checkpoint, what burnish saved, or a PEFT adapter.
 
     dtype None keeps floating tensors as they are stored; a technique's own tensors keep their dtype. `head` overrides
     the checkpoint's own; `techniques` are those that will be applied: where they exchange the head of an
     encoder-decoder, its decoder is not read, and where they quantise, each weight is read when it is its turn. So
-    are with `unread` all dense weights of the layers' projections, for a placement. Raises UserError for a folder that
-    is no checkpoint, listing every missing, unexpected or misshapen tensor.
+    are with `unread` all dense weights of the layers' projections, for a placement. With `memory_limit` the model only
+    runs, within so many bytes of this process, or on a GPU of its memory: see `burnish.place.offload`. Raises UserError
+    for a folder that is no checkpoint, listing every missing, unexpected or misshapen tensor, and for too low a limit.
     """
     folder = resolve(source)
     saved = read_json(folder / "burnish.json") if (folder / "burnish.json").exists() else {}
@@ -101,7 +105,10 @@ def load(
     if unread:
         bodies = ((path, part) for path, part in model.net.named_modules() if path.startswith(model.net.body))
         later = {path for path, part in bodies if isinstance(part, Linear)}
-    fill(model, canonical(stored, model.net.layout), extras, folder, dtype, device, later)
+    plan = match(model, canonical(stored, model.net.layout), extras, folder, dtype)
+    away = movable(model.net, bool(model.chain)) if memory_limit is not None else set()
+    limited = {name: (x, y, z) for name, (x, y, z) in plan.items() if name in away and isinstance(x, Entry)}
+    place(model.net, {name: plan[name] for name in plan if name not in limited}, torch.device(device), later)
     model.tokenizer = load_tokenizer(folder if has_tokenizer(folder) else base)
     check_vocabulary(model, folder)
     if (base / "generation_config.json").exists():
@@ -109,6 +116,8 @@ def load(
     own = base == folder and not chain  # weights without a chain are a base of their own
     model.identity = identity(base) if own else saved.get("identity") or identity(base)
     model.net.eval()
+    if memory_limit is not None:
+        Offload(model.net, limited, memory_limit, torch.device(device), bool(model.chain))
     return model
 
 
@@ -169,19 +178,8 @@ def stored_names(model: Model) -> dict[str, tuple[str, str | None]]:
     return names
 
 
-def fill(
-    model: Model,
-    entries: Stored,
-    extras: dict[str, Entry],
-    folder: Path,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    later: Set[str] = frozenset(),
-) -> None:
-    """Give every parameter its stored tensor, or raise one UserError that lists all that do not match.
-
-    The weights of the projections whose paths are in `later` stay in their files.
-    """
+def match(model: Model, entries: Stored, extras: dict[str, Entry], folder: Path, dtype: torch.dtype | None) -> Plan:
+    """Every parameter's stored tensor; raises one UserError that lists all that do not match."""
     net, layout = model.net, model.net.layout
     plan: Plan = {}
     problems: list[str] = []
@@ -217,11 +215,12 @@ def fill(
             problems.append(f"unexpected {key}")
     if problems:
         raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
-    place(net, plan, torch.device(device), later)
+    return plan
 
 
 def place(net: Network, plan: Plan, device: torch.device, later: Set[str]) -> None:
-    """Read every parameter's (entry, whether it is transposed, dtype) into the network.
+    """Read every parameter's (entry, whether it is transposed, dtype) into the network; the weights of the projections
+    whose paths are in `later` stay in their files.
 
     What cannot be read into place goes through one buffer: freed ones would leave holes as large as the model.
     """
@@ -259,6 +258,8 @@ def save(model: Model, folder: str | Path) -> Path:
 
     Raises UserError when the folder holds a different model's files that this save would mix with.
     """
+    if model.net.runs_only:
+        raise UserError(f"{folder}: {model.net.runs_only}")
     if model.adapters is not None:
         raise UserError(f"{folder}: adapters loaded under names are not saved; their folders hold them")
     folder = Path(folder)

@@ -1,0 +1,189 @@
+"""A model four times as large as the memory that it may take: its tokens a second, against the disk's own rate.
+
+    python benchmarks/offload.py [--tokens 12] [--threads 2] [--folder MODEL]
+
+The model is a random Llama of 0.85 thousand million parameters in bfloat16. A process imports burnish, whose resident
+bytes are the base, and generates under a memory limit of the base and a quarter of the model's bytes, greedily, one
+prompt of 8 tokens; the first token, with which everything is read for the first time, is not counted. Bytes read are
+the kernel's count (/proc/self/io). Since a disk's rate changes by the second, the same process reads the model's file
+once after every token, by direct reads of the same size with as many threads and nothing else, once what was sent for
+ahead is there: the share is a token's rate of reading over that of the two passes around it. Another process
+generates the same tokens with the model in memory; they must be equal. Writes benchmarks/results/offload.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+SHAPE = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+PROMPT = [5, 17, 29, 311, 2048, 7, 19, 23]
+SHARE = 4  # the limit is the base and the model's bytes over this
+RESULT = Path(__file__).parent / "results" / "offload.json"
+
+
+def write_model(folder: Path) -> None:
+    """The model with a one-word tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a").save_pretrained(folder)
+
+
+def read_bytes() -> int:
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["read_bytes"])
+
+
+def disk_rate(path: Path, piece: int, threads: int) -> float:
+    """Bytes per second of reading a file from its begin to its end, past the page cache."""
+    pieces, lock = iter(range(0, path.stat().st_size, piece)), threading.Lock()
+    file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+
+    def work() -> None:
+        buffer = mmap.mmap(-1, piece)
+        while True:
+            with lock:
+                start = next(pieces, None)
+            if start is None:
+                return
+            os.preadv(file, [buffer], start)
+
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    began = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    os.close(file)
+    return path.stat().st_size / (time.perf_counter() - began)
+
+
+def run(task: dict[str, Any]) -> dict[str, Any]:
+    """What a child process does: generate, in memory or under the limit."""
+    import torch
+
+    torch.set_num_threads(task["threads"])
+    from burnish import device
+    from burnish.engine.generate import GenerationConfig, stream
+    from burnish.model.example import IGNORE, Example
+    from burnish.place.reading import PIECE, THREADS
+    from burnish.store.checkpoint import load
+
+    path = Path(task["folder"]) / "model.safetensors"
+    found: dict[str, Any] = {"base_bytes": device.resident_memory()}
+    limit = None
+    if task["limited"]:
+        limit = found["memory_limit_bytes"] = found["base_bytes"] + path.stat().st_size // SHARE
+    began = time.perf_counter()
+    model = load(path.parent, memory_limit=limit)
+    found["load_seconds"] = time.perf_counter() - began
+    device.reset_peak_memory()
+    settings = GenerationConfig(max_new_tokens=task["tokens"] + 1, min_new_tokens=task["tokens"] + 1)
+    pieces = stream(model, [Example(PROMPT, [IGNORE] * len(PROMPT))], settings)
+    seconds, read, disk = [], [], []
+    while not found.get("ids"):
+        before, began = read_bytes(), time.perf_counter()
+        piece = next(pieces)
+        seconds.append(time.perf_counter() - began)
+        read.append(read_bytes() - before)
+        found["ids"] = piece.done.ids if piece.done else []
+        if limit is not None:
+            settle()
+            disk.append(disk_rate(path, PIECE, THREADS))
+    found["peak_bytes"] = device.peak_memory()
+    found |= {"first_token_seconds": seconds[0], "token_seconds": seconds[1:]}
+    found["seconds_per_token"] = statistics.median(seconds[1:])
+    found["bytes_read_per_token"] = statistics.median(read[1:])
+    if limit is not None:
+        around = [(a + b) / 2 for a, b in zip(disk, disk[1:], strict=False)]
+        rates = [count / time for count, time in zip(read[1:], seconds[1:], strict=True)]
+        found |= {"bytes_per_second": rates, "disk_bytes_per_second": around}
+        found["share_of_disk_rate"] = statistics.median(a / b for a, b in zip(rates, around, strict=True))
+    return found
+
+
+def settle() -> None:
+    """Wait until nothing more is read."""
+    before = -1
+    while (now := read_bytes()) != before:
+        before = now
+        time.sleep(0.05)
+
+
+def spawn(task: dict[str, Any]) -> dict[str, Any]:
+    paths = {"OMP_NUM_THREADS": str(task["threads"]), "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, __file__, "--worker", json.dumps(task)]
+    done = subprocess.run(command, env={**os.environ, **paths}, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--tokens", type=int, default=12, help="counted ones, after the first")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="where the model is, or is written; else a temporary folder")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print(json.dumps(run(json.loads(arguments.worker))))
+        return
+
+    from burnish.device import environment
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = arguments.folder or Path(name)
+        if not (folder / "config.json").exists():
+            write_model(folder)
+        task = {"folder": str(folder), "tokens": arguments.tokens, "threads": arguments.threads}
+        runs = {name: spawn(task | {"limited": name == "offload"}) for name in ("offload", "in memory")}
+        size = (folder / "model.safetensors").stat().st_size
+    assert runs["offload"].pop("ids") == runs["in memory"].pop("ids")
+    report = {
+        "command": f"python benchmarks/offload.py --tokens {arguments.tokens} --threads {arguments.threads}",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment(),
+        "work": {"shape": SHAPE, "model_bytes": size, "prompt_tokens": len(PROMPT), "threads": arguments.threads},
+        "runs": runs,
+    }
+    RESULT.write_text(json.dumps(report, indent=2) + "\n")
+    for name, found in runs.items():
+        print(
+            f"{name}: {1 / found['seconds_per_token']:.2f} tokens/s, first token {found['first_token_seconds']:.1f} s, "
+            f"peak {found['peak_bytes'] >> 20} MiB, {found['bytes_read_per_token'] / 1e6:.0f} MB read a token"
+        )
+    found = runs["offload"]
+    print(
+        f"limit {found['memory_limit_bytes'] >> 20} MiB, base {found['base_bytes'] >> 20} MiB; disk "
+        f"{statistics.median(found['disk_bytes_per_second']) / 1e6:.0f} MB/s, of which a token reads "
+        f"{found['share_of_disk_rate']:.0%}"
+    )
+
+
+if __name__ == "__main__":
+    main()
