@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from burnish.model.attention import Attention, Frame
@@ -34,8 +35,18 @@ class Source:
 
     def select(self, rows: Tensor) -> Source:
         """The source of the rows that `rows` (B',) indexes."""
+        keys = {layer: (k[rows.to(k.device)], v[rows.to(v.device)]) for layer, (k, v) in self.keys.items()}
+        return Source(self.states[rows], None if self.mask is None else self.mask[rows], self.kept, keys)
+
+    def part(self, rows: slice) -> Source:
+        """A view of some rows."""
         keys = {layer: (k[rows], v[rows]) for layer, (k, v) in self.keys.items()}
         return Source(self.states[rows], None if self.mask is None else self.mask[rows], self.kept, keys)
+
+    def on(self, device: torch.device) -> Source:
+        """The source for layers on another device; keys and values stay with their layers."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return Source(self.states.to(device), mask, self.kept, self.keys)
 
 
 class CrossAttention(Attention):
@@ -91,6 +102,12 @@ class Seq2Seq(Transformer):
     @property
     def all_layers(self) -> list[nn.Module]:
         return [*self.layers, *(self.decoder.layers if self.decoder is not None else ())]
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        if self.decoder is None:
+            return super().new_cache(rows, capacity)
+        self.decoder.compute_dtype = self.compute_dtype
+        return self.decoder.new_cache(rows, capacity)
 
     def set_head(self, spec: Spec) -> None:
         if spec.head != "lm":
