@@ -126,7 +126,8 @@ class Transformer(Network):
 
     body: tuple[str, ...] = ("layers.",)
     layer: type[Layer] = Layer
-    heads, kv_heads = slice(None), None
+    heads = slice(None)
+    kv_heads: list[int] | None = None
     run_layers: Callable[[Tensor, Sequence[Frame]], Tensor] | None = None
 
     def __init__(self, spec: Spec):
