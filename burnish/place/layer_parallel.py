@@ -210,9 +210,9 @@ def over_ranks(net: Transformer, ranks: Ranks) -> range:
     if world > fewest:
         raise UserError(f"layer_parallel: {world} ranks for a model of {fewest} layers; start at most {fewest}")
     head = net.lm_head if net.lm_head is not None else net.score
+    first, last = nbytes(net.embed_tokens), nbytes(*net.head_modules())
     for stack in stacks(net):
         sizes = [nbytes(layer) for layer in stack.layers]
-        first, last = nbytes(net.embed_tokens), nbytes(*net.head_modules())
         own = balanced(sizes, world, first, last)[rank]
         stack.layers = nn.ModuleList(read(stack.layers[index]) for index in own)
         stack.run_layers = OverRanks(list(stack.layers), ranks)  # type: ignore[arg-type]
