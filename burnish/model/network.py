@@ -41,12 +41,13 @@ class Layout:
 class Network(nn.Module):
     """Hidden states by `forward`, logits by `logits`; techniques change it from outside.
 
-    Each of `body` begins the paths of the layers' projections. `fixed` says why techniques do not apply, if so.
+    Each of `body` begins the paths of the layers' projections. `fixed` says why techniques do not apply, if so,
+    and `placed` why it cannot be saved.
     """
 
     spec: Spec
     body: tuple[str, ...]
-    fixed = ""
+    fixed = placed = ""
     techniques: nn.ModuleDict
     compute_dtype: torch.dtype | None
     gradient_checkpointing: bool

@@ -64,7 +64,7 @@ def placed(model: Model, place: Place | None, ranks: Ranks, max_memory: Mapping[
         over_ranks(net, ranks)
     else:
         over_devices(net, max_memory or free_memory(ranks.device))
-    net.fixed = f"the model is placed ({place}): apply techniques before that, and save it unplaced"
+    net.fixed = net.placed = f"the model is placed ({place}); apply techniques before that, and save it before that"
     return_freed_memory()
     return model
 

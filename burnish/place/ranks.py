@@ -7,6 +7,7 @@ once a second; one whose count stands still, or that says it failed, ends the ot
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
@@ -106,6 +107,7 @@ class Pulse(threading.Thread):
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.store = dist.TCPStore(*address, is_master=False)  # a connection of its own: calls on one block each other
         self.rank, self.seen = rank, {other: (0, 0) for other in range(world) if other != rank}
+        self.hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self.stopped = threading.Event()
 
     def run(self) -> None:
@@ -119,15 +121,34 @@ class Pulse(threading.Thread):
     def beat(self) -> None:
         """Count up once, and look at the others."""
         self.store.add(f"burnish/beat/{self.rank}", 1)
-        if self.store.add("burnish/wrong", 0):
+        if self.store.add("burnish/wrong", 0) and not self.stopped.is_set():
+            self.leave()
             os._exit(2)
+        if self.store.check(["burnish/verdict"]):
+            self.leave()
+            self.end(*json.loads(self.store.get("burnish/verdict")))
         for other, (last, silent) in self.seen.items():
             count = self.store.add(f"burnish/beat/{other}", 0)
             if count < 0:
-                self.end(other, "ended with an error")
+                self.judge(other, "ended with an error")
             self.seen[other] = count, 0 if count != last else silent + 1
             if self.seen[other][1] >= SILENCE:
-                self.end(other, f"gave no sign of life for {SILENCE * BEAT:.0f} s: it has died or hangs")
+                self.judge(other, f"gave no sign of life for {SILENCE * BEAT:.0f} s: it has died or hangs")
+
+    def judge(self, other: int, what: str) -> None:
+        self.store.set("burnish/verdict", json.dumps([other, what]))
+        if self.store.add("burnish/judged", 1) == 1:
+            self.store.add("burnish/left", 1)  # for the dead
+        self.leave()
+        self.end(other, what)
+
+    def leave(self) -> None:
+        """Say that this rank knows why the run ends; where the store is its own, wait for the others to know it."""
+        self.store.add("burnish/left", 1)
+        for _ in range(SILENCE if self.hosts else 0):
+            if self.store.add("burnish/left", 0) > len(self.seen):
+                return
+            time.sleep(BEAT)
 
     def end(self, other: int, what: str) -> None:
         if self.stopped.is_set():
@@ -146,7 +167,9 @@ class Pulse(threading.Thread):
     def wrong(self) -> bool:
         """Let the others end because the input is wrong; whether this rank is the first that found it so."""
         self.stop()
-        return self.store.add("burnish/wrong", 1) == 1
+        first = self.store.add("burnish/wrong", 1) == 1
+        self.leave()
+        return first
 
 
 @contextmanager

@@ -261,6 +261,8 @@ def save(model: Model, folder: str | Path) -> Path:
     """
     if model.adapters is not None:
         raise UserError(f"{folder}: adapters loaded under names are not saved; their folders hold them")
+    if model.net.placed:
+        raise UserError(f"{folder}: {model.net.placed}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     spec, layout = model.spec, model.net.layout

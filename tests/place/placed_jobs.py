@@ -15,10 +15,12 @@ import torch
 from burnish import chain
 from burnish.chain import Model
 from burnish.config import UserError
+from burnish.device import resident_memory, return_freed_memory
 from burnish.engine.decoding import GenerationConfig
 from burnish.engine.generate import generate
 from burnish.engine.order import collated, encode
 from burnish.model.example import IGNORE, Example
+from burnish.model.linear import Unread
 from burnish.place.choice import placed
 from burnish.place.ranks import Ranks, joined
 from burnish.store.checkpoint import load
@@ -37,6 +39,7 @@ class Case:
     place: str
     techniques: list[Any] = field(default_factory=list)
     loops: bool = False
+    measured: bool = False
 
     def load(self, ranks: Ranks | None = None) -> Model:
         placing = ranks is not None
@@ -62,12 +65,21 @@ def results(model: Model, loops: bool = False) -> dict[str, Any]:
     return found
 
 
+def growth(case: Case, ranks: Ranks) -> int:
+    """Bytes by which the process grows with its part of a model."""
+    return_freed_memory()
+    before = resident_memory()
+    kept = case.load(ranks)
+    assert not any(isinstance(part, Unread) for part in kept.net.modules())
+    return resident_memory() - before
+
+
 def answers(ranks: Ranks, cases: list[Case]) -> dict[str, Any]:
     """Each case's results, or the line that refuses it."""
     found: dict[str, Any] = {}
     for case in cases:
         try:
-            found[case.name] = results(case.load(ranks), case.loops)
+            found[case.name] = growth(case, ranks) if case.measured else results(case.load(ranks), case.loops)
         except UserError as error:
             found[case.name] = str(error)
     return found

@@ -15,6 +15,7 @@ from burnish.store.checkpoint import load, save
 PLACES = ("tensor_parallel", "layer_parallel")
 BLOCKS = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192}
 UNEVEN = {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "vocab_size": 81}
+LARGE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_key_value_heads": 4}
 MQA = {"new_decoder_architecture": False, "multi_query": True, "num_kv_heads": None}
 VARIANTS = {  # name -> (family, head, changes to its tiny config)
     "falcon-mqa": ("falcon", "", MQA),
@@ -30,6 +31,7 @@ VARIANTS = {  # name -> (family, head, changes to its tiny config)
     "deep": ("llama", "", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
     "deep-t5": ("t5", "", {"num_layers": 4, "num_decoder_layers": 5}),
     "blocks": ("llama", "", BLOCKS),
+    "large": ("llama", "", LARGE),
 }
 LORA = {"lora": {"r": 4, "target_modules": "all-linear"}}
 ADAPTED = {  # name -> chain on the tiny Llama, disturbed and saved
@@ -66,7 +68,7 @@ def cases(tmp_path_factory) -> dict[str, tuple[str, list]]:
 def run(world: int, cases: dict[str, tuple[str, list]], names, out: Path) -> dict[str, list]:
     """Name and place -> what each rank found."""
     jobs = [
-        Case(f"{name} {place}", cases[name][0], place, cases[name][1], loops=name == "llama")
+        Case(f"{name} {place}", cases[name][0], place, cases[name][1], loops=name == "llama", measured=name == "large")
         for name in names
         for place in PLACES
     ]
@@ -76,7 +78,7 @@ def run(world: int, cases: dict[str, tuple[str, list]], names, out: Path) -> dic
 
 @pytest.fixture(scope="module")
 def two(cases, tmp_path_factory):
-    return run(2, cases, cases, tmp_path_factory.mktemp("two") / "out")
+    return run(2, cases, [*cases], tmp_path_factory.mktemp("two") / "out")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def check(cases, name: str, place: str, found: list) -> None:
                 torch.testing.assert_close(rank[part], expected, atol=1e-4, rtol=1e-4, msg=part)
 
 
-ALL = (*tiny.CONFIGS, *VARIANTS, *ADAPTED, *QUANTISED, "nf4-stored")
+ALL = (*tiny.CONFIGS, *(name for name in VARIANTS if name != "large"), *ADAPTED, *QUANTISED, "nf4-stored")
 REFUSED = {
     ("dora", "tensor_parallel"): "merge the adapter first",
     ("ia3", "tensor_parallel"): "merge the adapter first",
@@ -113,6 +115,14 @@ def test_two_ranks_give_what_one_process_gives(cases, two, name, place):
         assert all(REFUSED.get((name, place), "2 ranks for a model of 1 layers") in line for line in lines)
     else:
         check(cases, name, place, two[f"{name} {place}"])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_rank_keeps_and_reads_its_share_only(cases, two, place):
+    model = load(cases["large"][0])
+    whole = sum(p.numel() * p.element_size() for p in model.net.parameters())
+    assert whole > 60e6
+    assert all(0.4 * whole < grown < 0.65 * whole for grown in two[f"large {place}"]), two[f"large {place}"]
 
 
 @pytest.mark.parametrize("name", IN_FOUR)
