@@ -90,6 +90,11 @@ class Ranks:
         with reaching():
             begun.wait()
 
+    def meet(self) -> None:
+        """Wait for all ranks."""
+        with reaching():
+            dist.barrier(device_ids=None if self.device.index is None else [self.device.index])
+
     def share(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         held = [value]
@@ -185,13 +190,12 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     store = next(iter(dist.rendezvous("env://")))[0]
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    dist.barrier()
+    ranks.meet()
     pulse = Pulse(rank, world)
     pulse.start()
     try:
         yield ranks
-        with reaching():
-            dist.barrier()
+        ranks.meet()
         pulse.stop()
     except UserError:
         if not pulse.wrong():
