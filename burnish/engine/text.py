@@ -32,7 +32,7 @@ class ModelConfig:
         default_factory=dict, metadata={"help": "LoRA folders by name, as in '{fr: runs/fr, de: runs/de}'"}
     )
     adapter: str | None = field(default=None, metadata={"help": "the one of them to use; none: the bare model"})
-    place: Place | None = field(default=None, metadata={"help": "spread the model, over torchrun's processes"})
+    place: Place | None = field(default=None, metadata={"help": "spread the model over devices or torchrun's ranks"})
     max_memory: dict[str, Bytes] = field(
         default_factory=dict, metadata={"help": "layer_parallel's devices, as in '{cuda:0: 8GB, cpu: 20GB}'; none: all"}
     )

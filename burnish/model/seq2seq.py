@@ -44,9 +44,8 @@ class Source:
         return Source(self.states[rows], None if self.mask is None else self.mask[rows], self.kept, keys)
 
     def on(self, device: torch.device) -> Source:
-        """The source for layers on another device; keys and values stay with their layers."""
-        mask = None if self.mask is None else self.mask.to(device)
-        return Source(self.states.to(device), mask, self.kept, self.keys)
+        """The source for layers on another device, which keep keys and values there and read the states but once."""
+        return replace(self, mask=None if self.mask is None else self.mask.to(device))
 
 
 class CrossAttention(Attention):
@@ -63,7 +62,7 @@ class CrossAttention(Attention):
         """The source's keys and values, each (B, S, heads, head_dim)."""
         rows, tokens = source.states.shape[:2]
         shape = (rows, tokens, -1, self.spec.head_dim)
-        flat = source.states.flatten(0, 1)
+        flat = source.states.flatten(0, 1).to(next(self.parameters()).device)
         k, v = self.k_proj(flat).view(shape), self.v_proj(flat).view(shape)
         if source.kept:
             source.keys[self.layer] = k, v

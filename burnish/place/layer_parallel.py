@@ -129,7 +129,8 @@ class OverRanks:
             for layer in self.layers:
                 y = layer(y, split[id(frames[layer.index])])
             if ranks.rank < ranks.last:
-                sent.append((ranks.send(y.contiguous()), y))
+                y = y.contiguous()
+                sent.append((ranks.send(y), y))  # which must live until it is sent
             else:
                 pieces[at].copy_(y)
         for work, _ in sent:
@@ -202,9 +203,11 @@ def balanced(sizes: Sequence[int], world: int, first: int = 0, last: int = 0) ->
     return [range(*pair) for pair in pairwise(worst[count][1])]
 
 
-def over_ranks(net: Transformer, ranks: Ranks) -> range:
-    """Leave this rank's layers here, and the embedding or the head where they are its own; the layers that it has, of
-    the decoder where there are two stacks. Raises UserError where there are more ranks than layers."""
+def over_ranks(net: Transformer, ranks: Ranks) -> None:
+    """Leave this rank's layers here, and the embedding or the head where they are its own.
+
+    Raises UserError where there are more ranks than layers.
+    """
     rank, world = ranks.rank, ranks.world
     fewest = min(len(stack.layers) for stack in stacks(net))
     if world > fewest:
@@ -223,4 +226,3 @@ def over_ranks(net: Transformer, ranks: Ranks) -> range:
     if head is not None:
         name, width = ("lm_head", net.spec.vocab_size) if head is net.lm_head else ("score", net.spec.num_labels)
         setattr(net, name, OnLast(head, width, ranks))
-    return own

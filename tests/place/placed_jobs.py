@@ -107,7 +107,7 @@ def on_ranks(world: int, job: Callable[..., Any], given: Any, out: Path) -> list
     for process in started:
         process.start()
     for process in started:
-        process.join(120)
+        process.join(400)
         if process.is_alive():
             process.kill()
     assert [process.exitcode for process in started] == [0] * world
