@@ -232,7 +232,7 @@ def _states(model: Model, batch: Mapping[str, Tensor], cache: KVCache | None) ->
     prefix = None
     if cache is None or cache.length == 0:
         for initial_cache in hooks(model, "initial_cache"):
-            prefix = initial_cache(batch)
+            prefix = net.own(initial_cache(batch))
     if source and prefix is not None and prefix.source is not None:
         source["source_prefix"] = prefix.source
     if cache is not None and prefix is not None:

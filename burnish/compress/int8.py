@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish.model.bundle import Context, Model
-from burnish.model.linear import Weight
+from burnish.model.linear import Spans, Weight, take
 from burnish.model.surgery import linears, select
 from burnish.native import products
 
@@ -75,9 +75,9 @@ class Int8(Weight):
     def as_stored(self) -> tuple[int, products.Stored]:
         return products.INT8, products.as_stored(self.values, (self.scale,), None)
 
-    def shard(self, dim: int, rank: int, world: int) -> Int8:
-        scale = self.scale.chunk(world)[rank].clone() if dim == 0 else self.scale.clone()
-        return Int8(self.values.chunk(world, dim)[rank].clone(), scale)
+    def shard(self, dim: int, spans: Spans) -> Int8:
+        scale = take(self.scale, 0, spans) if dim == 0 else self.scale.clone()
+        return Int8(take(self.values, dim, spans), scale)
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:

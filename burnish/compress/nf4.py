@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from burnish.config import UserError
 from burnish.model.bundle import Context, Model
-from burnish.model.linear import Weight
+from burnish.model.linear import Spans, Weight, take
 from burnish.model.surgery import linears, select
 from burnish.native import products
 
@@ -187,9 +188,19 @@ class NF4(Weight):
     def as_stored(self) -> tuple[int, products.Stored] | None:
         return None if self.shape[1] % BLOCK else (products.NF4, products.as_stored(*self._stored()))
 
-    def shard(self, dim: int, rank: int, world: int) -> NF4:
-        part = self.dequantize().chunk(world, dim)[rank]
-        return NF4.quantize(part, double_quant=self.absmax.dtype == torch.uint8)
+    def shard(self, dim: int, spans: Spans) -> NF4:
+        """The same levels; the blocks' constants, whose own blocks are cut, in float32."""
+        rows, columns = self.shape
+        if columns % BLOCK or (dim == 1 and any(start % BLOCK or end % BLOCK for start, end in spans)):
+            raise UserError(
+                f"nf4: a part of a {rows} x {columns} matrix would cut its blocks of {BLOCK} inputs; "
+                "take fewer ranks, or int8"
+            )
+        blocks = spans if dim == 0 else [(start // BLOCK, end // BLOCK) for start, end in spans]
+        packed = take(self.packed.view(rows, -1, BLOCK // 2), dim, blocks)
+        absmax = take(self.constants().view(rows, -1), dim, blocks)
+        shape = (packed.shape[0], packed.shape[1] * BLOCK)
+        return NF4(shape, {"packed": packed.flatten(), "absmax": absmax.flatten()})
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from burnish.chain import Model
 from burnish.config import Bytes, UserError, to_mapping
-from burnish.device import parse_dtype, pick_device
+from burnish.device import parse_dtype
 from burnish.engine.generate import GenerationConfig, Prompt, chat_prompt, generate, stream
+from burnish.place.choice import Place, placed, ranks_of
+from burnish.place.ranks import Ranks
 from burnish.store.checkpoint import load
 from burnish.store.mixed import load_adapters
 
@@ -32,15 +35,25 @@ class ModelConfig:
         default_factory=dict, metadata={"help": "LoRA folders by name, as in '{fr: runs/fr, de: runs/de}'"}
     )
     adapter: str | None = field(default=None, metadata={"help": "the one of them to use; none: the bare model"})
+    place: Place | None = field(default=None, metadata={"help": "spread the model over devices or torchrun's ranks"})
+    max_memory: dict[str, Bytes] = field(
+        default_factory=dict, metadata={"help": "layer_parallel's devices, as in '{cuda:0: 8GB, cpu: 20GB}'; none: all"}
+    )
 
-    def load(self) -> Model:
-        dtype, device = parse_dtype(self.dtype), pick_device(self.device)
-        model = load(self.model, dtype, device, memory_limit=self.memory_limit)
+    def ranks(self) -> AbstractContextManager[Ranks]:
+        """The processes that run the model, for as long as it runs."""
+        if self.memory_limit is not None and self.place is not None:
+            raise UserError("memory_limit: does not go with place; leave one away")
+        return ranks_of(self.place, self.device, self.max_memory)
+
+    def load(self, ranks: Ranks) -> Model:
+        dtype, unread = parse_dtype(self.dtype), self.place is not None
+        model = load(self.model, dtype, ranks.device, unread=unread, memory_limit=self.memory_limit)
         if self.adapter is not None and not self.adapters:
             raise UserError("adapter: no adapters are given; name them, as in --adapters '{fr: runs/fr}'")
         if self.adapters:
             load_adapters(model, self.adapters).adapters.active = self.adapter
-        return model
+        return placed(model, self.place, ranks, self.max_memory)
 
 
 @dataclass(frozen=True)
@@ -62,20 +75,27 @@ def run(config: GenerateConfig) -> int:
 
     Raises UserError where there is no prompt, and as `load` and `stream` do.
     """
-    texts = _texts(config)
-    model = config.load()
+    with config.ranks() as ranks:
+        texts = ranks.share(_texts(config) if ranks.rank == 0 else [])
+        _answer(config.load(ranks), texts, config, print if ranks.rank == 0 else _silent)
+    return 0
+
+
+def _answer(model: Model, texts: Sequence[str], config: GenerateConfig, say: Callable[..., None]) -> None:
     prompts: list[Prompt] = [[{"role": "user", "content": text}] if config.chat else text for text in texts]
     if len(prompts) == 1 and not config.json:
         for piece in stream(model, prompts, config):
-            print(piece.text, end="", flush=True)
-        print()
-        return 0
+            say(piece.text, end="", flush=True)
+        return say()
     for text, done in zip(texts, generate(model, prompts, config), strict=True):
         if config.json:
-            print(json.dumps({"prompt": text, **to_mapping(done)}, ensure_ascii=False))
+            say(json.dumps({"prompt": text, **to_mapping(done)}, ensure_ascii=False))
         else:
-            print(f"> {text}\n{done.text}\n")
-    return 0
+            say(f"> {text}\n{done.text}\n")
+
+
+def _silent(*values: object, **options: Any) -> None:
+    """What ranks other than the first print."""
 
 
 def run_chat(config: ChatConfig) -> int:
@@ -84,7 +104,13 @@ def run_chat(config: ChatConfig) -> int:
     /reset forgets the conversation, Ctrl-C ends a reply. Raises UserError as `load` does, and for a model without a
     chat template.
     """
-    model = config.load()
+    with config.ranks() as ranks:
+        if ranks.world > 1:
+            raise UserError("chat: runs in one process; start it without torchrun, or use generate")
+        return _converse(config.load(ranks), config)
+
+
+def _converse(model: Model, config: ChatConfig) -> int:
     opening = [{"role": "system", "content": config.system}] if config.system is not None else []
     messages: list[dict[str, Any]] = list(opening)
     chat_prompt(model.tokenizer, [*opening, {"role": "user", "content": ""}])

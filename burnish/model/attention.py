@@ -18,7 +18,7 @@ from burnish.model.cache import KVCache, Prefix
 from burnish.model.linear import Linear
 from burnish.model.norm import norm
 from burnish.model.patterns import Pattern, causal
-from burnish.model.positions import alibi_slopes, relative_buckets, rotate
+from burnish.model.positions import relative_buckets, rotate
 from burnish.model.spec import Spec
 
 
@@ -53,6 +53,29 @@ class Frame:
             x = x.new_zeros(self.batch * self.length, *x.shape[1:]).index_copy(0, self.real, x)
         return x.view(self.batch, self.length, *x.shape[1:])
 
+    def part(self, rows: slice) -> Frame:
+        """The frame of some of the rows, whose slots in the cache are reserved."""
+        real = self.real
+        if real is not None:
+            first, end = rows.start * self.length, rows.stop * self.length
+            real = real[(real >= first) & (real < end)] - first
+        return replace(
+            self,
+            batch=rows.stop - rows.start,
+            mask=None if self.mask is None else self.mask[rows],
+            rotary=None if self.rotary is None else (self.rotary[0][rows], self.rotary[1][rows]),
+            cache=self.cache and self.cache.part(rows),
+            real=real,
+            source=self.source and self.source.part(rows),
+        )
+
+    def on(self, device: torch.device) -> Frame:
+        """The frame for layers on another device, where their part of the cache lies already."""
+        mask, real = (None if x is None else x.to(device) for x in (self.mask, self.real))
+        rotary = None if self.rotary is None else (self.rotary[0].to(device), self.rotary[1].to(device))
+        prefix, source = (x and x.on(device) for x in (self.prefix, self.source))
+        return replace(self, mask=mask, real=real, rotary=rotary, prefix=prefix, source=source)
+
 
 def visibility(
     spec: Spec,
@@ -62,19 +85,18 @@ def visibility(
     cache: KVCache | None,
     prefix: Prefix | None,
     dtype: torch.dtype,
-    relative: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor | None, bool]:
     """(mask, causal) of a `Frame` for queries at `positions` (B, T).
 
     valid: (B, T) real tokens, None for all. segments: (B, T) document numbers, tokens of different documents do not
     see each other. A query that would see nothing (padding) sees itself, so that no row of the softmax is empty.
-    relative: (buckets, heads), what is added to the scores by the distance's bucket.
+    bias: what is added to the scores by the distance: its slopes (heads,), or a number per bucket (buckets, heads).
     """
     batch, length = positions.shape
     device = positions.device
-    biased = spec.positions in ("alibi", "relative")
     fresh = cache is None or cache.length == length
-    if valid is None and segments is None and prefix is None and not biased:
+    if valid is None and segments is None and prefix is None and bias is None:
         if fresh:
             return None, spec.causal and length > 1
         if length == 1 and not cache.holes:  # type: ignore[union-attr]
@@ -105,18 +127,17 @@ def visibility(
         shown = index >= prefix.size - lengths[..., None]
         seen = torch.cat((shown, seen), dim=2)
     mask = seen[:, None]
-    if not biased:
+    if bias is None:
         return mask, False
     key_positions = key_positions[:, None, :].expand(batch, length, -1)
     if prefix is not None:
         key_positions = torch.cat((index - (prefix.size - lengths[..., None]), key_positions), dim=2)
     distance = key_positions - positions[:, :, None]
-    if relative is not None:
-        bias = F.embedding(relative_buckets(spec, distance), relative).permute(0, 3, 1, 2)
+    if bias.dim() == 2:
+        added = F.embedding(relative_buckets(spec, distance), bias).permute(0, 3, 1, 2)
     else:
-        slopes = spec.alibi_scale * alibi_slopes(spec.num_heads).to(device)
-        bias = slopes[None, :, None, None] * distance[:, None].to(torch.float32)
-    return bias.masked_fill(~mask, float("-inf")).to(dtype), False
+        added = bias[None, :, None, None] * distance[:, None].to(torch.float32)
+    return added.masked_fill(~mask, float("-inf")).to(dtype), False
 
 
 def narrow(pattern: Pattern, spec: Spec, frame: Frame, positions: Tensor) -> Frame:

@@ -6,7 +6,9 @@ before every row (prefix tuning, a soft prompt that all rows begin with) and car
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,10 +35,20 @@ class Prefix:
     def size(self) -> int:
         return self.keys.shape[3]
 
+    def heads(self, kept: list[int]) -> Prefix:
+        """Of every layer the key-value heads in `kept`."""
+        source = self.source and self.source.heads(kept)
+        return replace(self, keys=self.keys[:, :, kept], values=self.values[:, :, kept], source=source)
+
+    def on(self, device: torch.device) -> Prefix:
+        """The same on another device."""
+        return replace(self, keys=self.keys.to(device), values=self.values.to(device))
+
 
 class KVCache:
-    """Per-layer keys and values of shape (B, kv_heads, capacity, head_dim), filled from slot 0 on.
+    """Keys and values (B, kv_heads, capacity, head_dim) by layer, filled from slot 0 on.
 
+    `layers` are those that are kept, each with the device that it lies on; all of them, on `device`, without it.
     `valid` (B, capacity) marks slots that hold a real token, `positions` (B, capacity) their position; the first
     `prefix` slots hold a prefix. `source` is what the rows of an encoder-decoder attend to. `shortens` tells whether
     the last tokens can be taken back.
@@ -44,10 +56,19 @@ class KVCache:
 
     shortens = True
 
-    def __init__(self, spec: Spec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
-        shape = (spec.num_layers, batch, spec.num_kv_heads, capacity, spec.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(
+        self,
+        spec: Spec,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        layers: Mapping[int, torch.device] | None = None,
+    ):
+        shape = (batch, spec.num_kv_heads, capacity, spec.head_dim)
+        places = dict.fromkeys(range(spec.num_layers), device) if layers is None else layers
+        self.keys = {layer: torch.zeros(shape, dtype=dtype, device=place) for layer, place in places.items()}
+        self.values = {layer: torch.zeros(shape, dtype=dtype, device=place) for layer, place in places.items()}
         self.valid = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
         self.positions = torch.zeros(batch, capacity, dtype=torch.long, device=device)
         self.length = 0
@@ -57,7 +78,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        return self.keys.shape[3]
+        return self.valid.shape[1]
 
     def next_positions(self) -> Tensor:
         """(B,) the position that each row's next token takes: one past its largest valid position."""
@@ -67,8 +88,9 @@ class KVCache:
     def load(self, prefix: Prefix) -> None:
         """Put a prefix into the first slots; each row sees the last `lengths[row, 0]` of them."""
         size = prefix.size
-        self.keys[:, :, :, :size] = prefix.keys
-        self.values[:, :, :, :size] = prefix.values
+        for layer in self.keys:
+            self.keys[layer][:, :, :size] = prefix.keys[layer]
+            self.values[layer][:, :, :size] = prefix.values[layer]
         slots = torch.arange(size, device=self.valid.device)
         lengths = slots.new_full((len(self.valid), 1), size) if prefix.lengths is None else prefix.lengths[:, :1]
         self.positions[:, :size] = slots - (size - lengths)
@@ -87,9 +109,10 @@ class KVCache:
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, kv_heads, T, head_dim) into the reserved slots and return all filled slots of the layer."""
         start = self.length - keys.shape[2]
-        self.keys[layer, :, :, start : self.length] = keys
-        self.values[layer, :, :, start : self.length] = values
-        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
+        own_keys, own_values = self.keys[layer], self.values[layer]
+        own_keys[:, :, start : self.length] = keys
+        own_values[:, :, start : self.length] = values
+        return own_keys[:, :, : self.length], own_values[:, :, : self.length]
 
     def shorten(self, length: int) -> None:
         """Take back what is beyond the first `length` slots."""
@@ -98,11 +121,23 @@ class KVCache:
 
     def as_prefix(self) -> Prefix:
         """What a cache of one row holds, to stand before others."""
-        return Prefix(self.keys[:, :, :, : self.length], self.values[:, :, :, : self.length])
+        keys, values = (
+            torch.stack([x[:, :, : self.length] for x in part.values()]) for part in (self.keys, self.values)
+        )
+        return Prefix(keys, values)
+
+    def part(self, rows: slice) -> KVCache:
+        """A view of some rows, into which their layers `update` what this cache has reserved."""
+        found = copy(self)
+        found.keys = {layer: keys[rows] for layer, keys in self.keys.items()}
+        found.values = {layer: values[rows] for layer, values in self.values.items()}
+        return found
 
     def select(self, rows: Tensor) -> None:
         """Keep or reorder rows: `rows` (B',) indexes the batch dimension."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        for part in (self.keys, self.values):
+            for layer, kept in part.items():
+                part[layer] = kept[rows.to(kept.device)]
         self.valid, self.positions = self.valid[rows], self.positions[rows]
         self.source = self.source and self.source.select(rows)
 

@@ -10,7 +10,7 @@ torch 2.13 does them otherwise at a quarter of the speed. Of few tokens they are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,12 @@ from burnish.native import products
 
 MULTIPLIES_BFLOAT16 = multiplies_bfloat16()
 ROUNDED_TOKENS = 256  # widened at a time
+Spans = Sequence[tuple[int, int]]
+
+
+def take(x: Tensor, dim: int, spans: Spans) -> Tensor:
+    """A copy of the parts [start, end) of x along `dim`, one after the other."""
+    return torch.cat([x.narrow(dim, start, end - start) for start, end in spans], dim)
 
 
 def arithmetic(x: Tensor) -> torch.dtype:
@@ -81,8 +87,9 @@ class Weight(nn.Module):
         """The matrix as (out, in) in `dtype`, for storage that can expand straight to it."""
         return self.dequantize().to(dtype)
 
-    def shard(self, dim: int, rank: int, world: int) -> Weight:
-        """The `rank`-th of `world` equal parts along `dim` (0 splits outputs, 1 splits inputs)."""
+    def shard(self, dim: int, spans: Spans) -> Weight:
+        """A copy of the parts [start, end) along `dim` (0 outputs, 1 inputs), one after the other, which multiplies as
+        these parts do here. Raises UserError where the storage cannot be cut there."""
         raise NotImplementedError
 
     def as_stored(self) -> tuple[int, products.Stored] | None:
@@ -145,8 +152,8 @@ class Dense(Weight):
             return None
         return kind, products.as_stored(self.dense, (), None)
 
-    def shard(self, dim: int, rank: int, world: int) -> Dense:
-        return Dense(self.dense.detach().chunk(world, dim)[rank].clone())
+    def shard(self, dim: int, spans: Spans) -> Dense:
+        return Dense(nn.Parameter(take(self.dequantize().detach(), dim, spans), self.dense.requires_grad))
 
 
 class Unread(Dense):

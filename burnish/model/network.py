@@ -110,6 +110,10 @@ class Network(nn.Module):
                 found[name] = top if id(parameter) in heads or last == top - 1 else last
         return found
 
+    def own(self, prefix: Prefix) -> Prefix:
+        """The part of a prefix that the heads here see."""
+        return prefix
+
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty cache for `capacity` tokens a row."""
         raise NotImplementedError

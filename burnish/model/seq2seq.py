@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from burnish.model.attention import Attention, Frame
@@ -34,8 +35,17 @@ class Source:
 
     def select(self, rows: Tensor) -> Source:
         """The source of the rows that `rows` (B',) indexes."""
+        keys = {layer: (k[rows.to(k.device)], v[rows.to(v.device)]) for layer, (k, v) in self.keys.items()}
+        return Source(self.states[rows], None if self.mask is None else self.mask[rows], self.kept, keys)
+
+    def part(self, rows: slice) -> Source:
+        """A view of some rows."""
         keys = {layer: (k[rows], v[rows]) for layer, (k, v) in self.keys.items()}
         return Source(self.states[rows], None if self.mask is None else self.mask[rows], self.kept, keys)
+
+    def on(self, device: torch.device) -> Source:
+        """The source for layers on another device, which keep keys and values there and read the states but once."""
+        return replace(self, mask=None if self.mask is None else self.mask.to(device))
 
 
 class CrossAttention(Attention):
@@ -52,7 +62,7 @@ class CrossAttention(Attention):
         """The source's keys and values, each (B, S, heads, head_dim)."""
         rows, tokens = source.states.shape[:2]
         shape = (rows, tokens, -1, self.spec.head_dim)
-        flat = source.states.flatten(0, 1)
+        flat = source.states.flatten(0, 1).to(next(self.parameters()).device)
         k, v = self.k_proj(flat).view(shape), self.v_proj(flat).view(shape)
         if source.kept:
             source.keys[self.layer] = k, v
@@ -91,6 +101,12 @@ class Seq2Seq(Transformer):
     @property
     def all_layers(self) -> list[nn.Module]:
         return [*self.layers, *(self.decoder.layers if self.decoder is not None else ())]
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        if self.decoder is None:
+            return super().new_cache(rows, capacity)
+        self.decoder.compute_dtype = self.compute_dtype
+        return self.decoder.new_cache(rows, capacity)
 
     def set_head(self, spec: Spec) -> None:
         if spec.head != "lm":

@@ -24,7 +24,7 @@ from burnish.model.linear import Linear
 from burnish.model.network import Layout, Network
 from burnish.model.norm import norm
 from burnish.model.patterns import Window
-from burnish.model.positions import inverse_frequencies, rotary_angles, rotary_scale
+from burnish.model.positions import alibi_slopes, inverse_frequencies, rotary_angles, rotary_scale
 from burnish.model.spec import Spec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -64,7 +64,7 @@ class Layer(nn.Module):
 
     def __init__(self, spec: Spec, index: int):
         super().__init__()
-        self.spec = spec
+        self.spec, self.index = spec, index
         self.plain = not (spec.post_norm or spec.sandwich_norm or spec.parallel_norms)
         self.self_attn = Attention(spec, index)
         self.mlp = MLP(spec)
@@ -117,11 +117,18 @@ class CappedLinear(Linear):
 
 
 class Transformer(Network):
-    """The native network. `forward` gives hidden states after the final norm; `logits` applies the head."""
+    """The native network. `forward` gives hidden states after the final norm; `logits` applies the head.
+
+    A placement may leave only some `heads`, with their `kv_heads`, of every layer here, or only some of the `layers`;
+    then, or where they lie on several devices, `run_layers(x, frames)` takes x (N, hidden) through all of them, given
+    each layer's frame.
+    """
 
     body: tuple[str, ...] = ("layers.",)
     layer: type[Layer] = Layer
-    stepper: Callable[[Tensor, Sequence[Frame]], Tensor | None] | None = None  # another way through the layers
+    heads = slice(None)
+    kv_heads: list[int] | None = None
+    run_layers: Callable[[Tensor, Sequence[Frame]], Tensor | None] | None = None  # None: as the layers stand here
 
     def __init__(self, spec: Spec):
         super().__init__()
@@ -169,13 +176,27 @@ class Transformer(Network):
 
     def record(self, embeds: Tensor) -> tuple[Tensor, Prefix] | None:
         everything = self.spec.causal and not self.spec.sliding_layers and self.pattern is None
-        if not everything or self.gradient_checkpointing:
+        if not everything or self.gradient_checkpointing or self.run_layers is not None:
             return None
         recorder = Recorder(self.spec, embeds.shape[1], self.dtype, embeds.device)
         return self(inputs_embeds=embeds, cache=recorder), recorder.as_prefix()
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
-        return KVCache(self.spec.decoder, rows, capacity, self.dtype, self.embed_tokens.weight.device)
+        places = {layer.index: next(layer.parameters()).device for layer in self.layers}  # type: ignore[misc]
+        spec = self.spec if self.kv_heads is None else replace(self.spec, num_kv_heads=len(self.kv_heads))
+        return KVCache(spec, rows, capacity, self.dtype, self.embed_tokens.weight.device, places)  # type: ignore[arg-type]
+
+    def own(self, prefix: Prefix) -> Prefix:
+        return prefix if self.kv_heads is None else prefix.heads(self.kv_heads)
+
+    def bias(self) -> Tensor | None:
+        """What the scores of the heads that are here are changed by, with the distance: see `visibility`."""
+        if self.spec.positions == "relative":
+            return self.relative_bias.weight
+        if self.spec.positions == "alibi":
+            slopes = self.spec.alibi_scale * alibi_slopes(self.spec.num_heads)[self.heads]
+            return slopes.to(self.embed_tokens.weight.device)
+        return None
 
     @torch.no_grad()
     def initialize(self, std: float = 0.02) -> Transformer:
@@ -218,8 +239,7 @@ class Transformer(Network):
         positions = self.positions(batch, length, valid, position_ids, cache, prefix, x.device)
         if cache is not None:
             cache.reserve(valid, positions)
-        relative = self.relative_bias.weight if self.spec.positions == "relative" else None
-        mask, causal = visibility(self.spec, positions, valid, segment_ids, cache, prefix, x.dtype, relative)
+        mask, causal = visibility(self.spec, positions, valid, segment_ids, cache, prefix, x.dtype, self.bias())
         rotary = None
         if self.spec.positions == "rotary":
             frequencies = inverse_frequencies(self.spec, x.device)
@@ -240,16 +260,16 @@ class Transformer(Network):
         frame = Frame(batch, length, mask, causal, rotary, cache, prefix, real, source)
         if self.pattern is not None:
             frame = narrow(self.pattern, self.spec, frame, positions)
-        frames = [frame] * len(self.layers)
+        frames = [frame] * self.spec.num_layers
         if self.spec.sliding_layers:
             near = self.near(frame, positions, x.dtype)
             frames = [near if layer in self.spec.sliding_layers else frame for layer in range(self.spec.num_layers)]
         x = frame.flat(x)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        stepped = None if self.stepper is None else self.stepper(x, frames)
-        if stepped is not None:
-            x, frames = stepped, []
+        ran = None if self.run_layers is None else self.run_layers(x, frames)
+        if ran is not None:
+            x, frames = ran, []
         for layer, own in zip(self.layers, frames, strict=False):
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(layer, x, own, use_reentrant=False)

@@ -125,15 +125,15 @@ class Layers:
         self,
         layers: range,
         x: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        keys: Mapping[int, Tensor],
+        values: Mapping[int, Tensor],
         length: int,
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
     ) -> Tensor:
         """x (rows, hidden) through some of the layers, in x's dtype.
 
-        keys, values (layers, rows, kv_heads, capacity, size), float32 or bfloat16, hold `length` - 1 tokens and get
+        keys, values by layer (rows, kv_heads, capacity, size), float32 or bfloat16, hold `length` - 1 tokens and get
         one more. rotary: cosine and sine (rows, rotated). mask: bool (rows, length) of what is seen, or floating
         (rows or 1, heads, length), added to the scores.
         """
@@ -148,7 +148,7 @@ class Layers:
             self.layers[index].keys, self.layers[index].values = keys[index].data_ptr(), values[index].data_ptr()
         self.stack.threads, self.stack.narrow = torch.get_num_threads(), x.dtype == torch.bfloat16
         step = _Step(
-            len(out), length, keys.shape[3], keys.dtype == torch.bfloat16, out.data_ptr(),
+            len(out), length, keys[layers[0]].shape[2], keys[layers[0]].dtype == torch.bfloat16, out.data_ptr(),
             *(map(_pointer, wide) if wide else (None, None)), _pointer(mask), masking, row, head,
         )  # fmt: skip
         first = ctypes.byref(self.layers, layers.start * ctypes.sizeof(_Layer))

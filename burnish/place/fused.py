@@ -34,18 +34,18 @@ MOST_ROWS = products.MOST_TOKENS
 def fused(net: Network) -> Iterator[None]:
     """Decode by the fast path inside the block, where there is one for this network. Weights must not change in it."""
     stepper = None
-    if isinstance(net, Transformer) and products.usable(net.embed_tokens.weight.device, net.dtype):
-        stepper = Stepper(net)
+    free = isinstance(net, Transformer) and net.run_layers is None
+    if free and products.usable(net.embed_tokens.weight.device, net.dtype):
+        stepper = Stepper(net)  # type: ignore[arg-type]
     if stepper is None or not any(stepper.known):
         yield
         return
     assert isinstance(net, Transformer)
-    before = net.stepper
-    net.stepper = stepper
+    net.run_layers = stepper
     try:
         yield
     finally:
-        net.stepper = before
+        net.run_layers = None
 
 
 class Stepper:
@@ -61,7 +61,7 @@ class Stepper:
         frame, cache = frames[0], frames[0].cache
         if type(cache) is not KVCache or frame.length != 1 or frame.prefix is not None or frame.real is not None:
             return None
-        if len(x) > MOST_ROWS or torch.is_grad_enabled() or cache.keys.dtype not in products.DTYPES:
+        if len(x) > MOST_ROWS or torch.is_grad_enabled() or cache.keys[0].dtype not in products.DTYPES:
             return None
         runs = groupby(range(len(self.known)), key=lambda index: (self.known[index] is not None, id(frames[index])))
         for (known, _), run in runs:

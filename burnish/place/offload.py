@@ -77,7 +77,8 @@ class Offload:
         shapes = [tensor.shape[:2] for tensor in given if tensor is not None]
         cache, filled = kwargs.get("cache"), 0
         if cache is not None and cache.length:
-            filled = (cache.keys.nbytes + cache.values.nbytes) * cache.length // cache.capacity
+            filled = sum(x.nbytes for part in (cache.keys, cache.values) for x in part.values())
+            filled = filled * cache.length // cache.capacity
         capacity = 0 if cache is None else cache.capacity
         needed = self.activations(max(s[0] for s in shapes), max(s.numel() for s in shapes), capacity)
         if needed > self.needed:

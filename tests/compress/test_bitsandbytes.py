@@ -11,6 +11,8 @@ from burnish.chain import forward
 from burnish.compress import nf4
 from burnish.compress.int8 import Int8
 from burnish.compress.nf4 import NF4
+from burnish.config import UserError
+from burnish.model.linear import Dense
 from burnish.store.checkpoint import load
 
 bnb = pytest.importorskip("bitsandbytes.functional")
@@ -134,13 +136,24 @@ def test_matmul_and_its_gradient_equal_the_expanded_matrix(kind, dtype):
         torch.testing.assert_close(got, expected, **close)
 
 
-@pytest.mark.parametrize("kind", [Int8, NF4])
+@pytest.mark.parametrize("kind", [Dense, Int8, NF4])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_shards_put_together_are_the_whole(kind, dim):
-    weight = kind.quantize(matrix(128, 128))
-    parts = [weight.shard(dim, rank, 2).dequantize() for rank in range(2)]
-    close = {"atol": 0, "rtol": 0} if kind is Int8 else {"atol": 0.02, "rtol": 0.02}
-    torch.testing.assert_close(torch.cat(parts, dim), weight.dequantize(), **close)
+def test_shards_are_the_parts_of_the_whole(kind, dim):
+    weight = Dense(matrix(192, 192)) if kind is Dense else kind.quantize(matrix(192, 192))
+    whole = weight.dequantize()
+    for spans in ([(0, 64)], [(128, 192), (0, 64)]):
+        part = weight.shard(dim, spans)
+        assert torch.equal(part.dequantize(), torch.cat([whole.narrow(dim, a, b - a) for a, b in spans], dim))
+        assert part.shape == part.dequantize().shape and type(part) is kind
+
+
+def test_nf4_is_not_cut_within_a_block():
+    weight = NF4.quantize(matrix(64, 192))
+    assert weight.shard(0, [(3, 5)]).shape == (2, 192)
+    with pytest.raises(UserError, match="blocks of 64"):
+        weight.shard(1, [(0, 96)])
+    with pytest.raises(UserError, match="blocks of 64"):
+        NF4.quantize(matrix(64, 96)).shard(0, [(0, 32)])
 
 
 @pytest.mark.parametrize("name", ["int8", "nf4"])

@@ -73,7 +73,7 @@ def test_states_are_the_layers(folders, family, steps):
     want, got = both(model)
     assert (sum(steps) == STEPS * len(model.net.layers)) == (family not in CAPPED)
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
-    assert model.net.stepper is None
+    assert model.net.run_layers is None
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "gpt2"])

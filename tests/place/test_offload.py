@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -20,6 +22,7 @@ from burnish.engine.train import train
 from burnish.model.example import Example
 from burnish.place import offload
 from burnish.place.offload import Offload
+from burnish.place.reading import Reader
 from burnish.place.units import buffer_size, choose
 from burnish.store.checkpoint import load, save
 from burnish.store.mixed import load_adapters
@@ -208,6 +211,11 @@ def test_a_file_that_shrinks_is_told(root, nothing_stays, tmp_path):
         answers(model)
     file.write_bytes(whole)
     same(model, load(source))
+    file.write_bytes(whole[:2_000])
+    with pytest.raises(UserError, match="ends inside a tensor"), torch.inference_mode():
+        model.net.embed(IDS)
+    file.write_bytes(whole)
+    same(model, load(source))
 
 
 @pytest.mark.parametrize(
@@ -260,11 +268,17 @@ def test_the_way_of_a_gpu_by_the_hosts_memory(root, monkeypatch, nothing_stays):
     moved.side = Side()
     same(model, plain)
     assert len(waited) == 3 * len(moved.units) and set(waited) == {"copied"}
+    read = Reader.read
     monkeypatch.setattr(Reader, "read", None)  # nothing is read again
+    for stays in (set(), {1}):
+        moved.drop()
+        moved.divide(stays)
+        same(model, plain)
+    assert [unit.host is None for unit in moved.units] == [False, True, False, False, False]
+    monkeypatch.setattr(Reader, "read", read)  # but for what the host's memory no longer has
+    moved.drop()
+    moved.divide({2})
     same(model, plain)
-    monkeypatch.setattr(offload, "choose", lambda sizes, free: {1})
-    same(model, plain)
-    assert [unit.host is None for unit in moved.units] == [False] * 5  # divided once, for this request
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,0 +1,92 @@
+"""Processes that end, and what the user reads."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+from placed_jobs import free_port
+
+from burnish.cli import main
+
+PROGRAM = """
+import sys
+from burnish.place import ranks
+ranks.SILENCE = 4
+from burnish.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(world: int, *words: str) -> list[subprocess.Popen]:
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    pipe = subprocess.PIPE
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *words],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=pipe, stderr=pipe, text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+
+
+ENDLESS = ["--prompt", "the cat", "--max-new-tokens", "1000000", "--min-new-tokens", "1000000", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(("place", "world", "dead"), [("layer_parallel", 3, 2), ("tensor_parallel", 2, 0)])
+def test_a_dead_rank_ends_the_others_and_is_named(tmp_path, place, world, dead):
+    folder = tiny.write(tmp_path / "model", tiny.reference("bloom", n_layer=3))
+    running = start(world, "generate", str(folder), "--place", place, *ENDLESS)
+    try:
+        assert running[0].stdout.read(20), "generation is under way"
+        running[dead].send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        for rank, process in enumerate(running):
+            _, error = process.communicate(timeout=60)
+            if rank != dead:
+                assert f"rank {dead} " in error.strip().splitlines()[-1] and process.returncode == 1, error
+        assert time.monotonic() - began < 60
+    finally:
+        for process in running:
+            process.kill()
+
+
+def test_a_mistake_is_told_once_and_all_ranks_end_with_2(root):
+    running = start(2, "generate", str(tiny.folder(root, "mt5")), "--prompt", "x", "--place", "layer_parallel")
+    ended = [(process.communicate(timeout=60)[1], process.returncode) for process in running]
+    assert [status for _, status in ended] == [2, 2]
+    lines = [line for error, _ in ended for line in error.splitlines() if line.startswith("burnish")]
+    assert len(lines) == 1 and "2 ranks for a model of 1 layers; start at most 1" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--place", "tensor_parallel"], "torchrun --nproc-per-node 2 -m burnish generate"),
+        (["--place", "tensor-parallel"], "did you mean 'tensor_parallel'"),
+        (["--max-memory", "{cpu: 1GB}"], "max_memory: is for place layer_parallel"),
+        (["--place", "layer_parallel", "--max-memory", "{cuda:7: 8GB}"], "device: 'cuda:7'"),
+        (["--place", "layer_parallel", "--max-memory", "{cpu: 8Gb}"], "expected bytes"),
+        (["--place", "layer_parallel", "--max-memory", "{cpu: 20KB}"], "max_memory: embedding and head take"),
+        (["--place", "layer_parallel", "--max-memory", "{cpu: 25KB}"], "max_memory: a layer takes"),
+        (["--place", "layer_parallel", "--max-memory", "{cpu: 50KB}"], "max_memory: the model takes"),
+        (["--place", "layer_parallel", "--adapters", "{a: lora}"], "lora"),
+    ],
+)
+def test_mistakes(root, capsys, words, message):
+    assert main(["generate", str(tiny.folder(root, "llama")), "--prompt", "x", *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1]
+
+
+def test_a_network_of_transformers_is_refused(tmp_path, capsys):
+    import tiny_foreign
+
+    folder = tiny_foreign.folder(tmp_path, "stablelm")
+    assert main(["generate", str(folder), "--prompt", "x", "--place", "layer_parallel"]) == 2
+    assert "is not burnish's own network" in capsys.readouterr().err
