@@ -24,6 +24,7 @@ from burnish.model.families import layout
 from burnish.model.linear import Linear
 from burnish.model.network import Layout, Network
 from burnish.model.norm import norm
+from burnish.model.pages import Step
 from burnish.model.patterns import Window
 from burnish.model.positions import inverse_frequencies, rotary_angles, rotary_scale
 from burnish.model.spec import Spec
@@ -219,7 +220,10 @@ class Transformer(Network):
         if cache is not None:
             cache.reserve(valid, positions)
         relative = self.relative_bias.weight if self.spec.positions == "relative" else None
-        mask, causal = visibility(self.spec, positions, valid, segment_ids, cache, prefix, x.dtype, relative)
+        parts = cache.parts(self.spec, x.dtype) if isinstance(cache, Step) else ()
+        mask, causal = None, False
+        if not parts:
+            mask, causal = visibility(self.spec, positions, valid, segment_ids, cache, prefix, x.dtype, relative)
         rotary = None
         if self.spec.positions == "rotary":
             frequencies = inverse_frequencies(self.spec, x.device)
@@ -237,7 +241,7 @@ class Transformer(Network):
             x = x + self.embed_token_types(types).to(x.dtype)
 
         real = None if valid is None else valid.flatten().nonzero().squeeze(1)
-        frame = Frame(batch, length, mask, causal, rotary, cache, prefix, real, source)
+        frame = Frame(batch, length, mask, causal, rotary, cache, prefix, real, source, parts)
         if self.pattern is not None:
             frame = narrow(self.pattern, self.spec, frame, positions)
         frames: Iterable[Frame] = repeat(frame)
