@@ -203,6 +203,10 @@ class Attention(nn.Module):
         """The same after the rotation."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
         if frame.cache is not None:
+            if not self.spec.attention_softcap:
+                direct = frame.cache.attend(self.layer, q, k, v, frame.mask, self.scale or self.spec.head_dim**-0.5)
+                if direct is not None:
+                    return direct
             k, v = frame.cache.update(self.layer, k, v)
         k, v = self.after_prefix(k, v, frame)
         grouped = self.spec.num_kv_heads != self.spec.num_heads

@@ -99,6 +99,11 @@ class KVCache:
         self.values[layer, :, :, start : self.length] = values
         return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
 
+    def attend(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Any:
+        """`update` and the attention of q (B, heads, T, head_dim) together, as (B, T, heads, head_dim), where there is
+        a shorter way than over what `update` returns; else None, and nothing is written."""
+        return None
+
     def shorten(self, length: int) -> None:
         """Take back what is beyond the first `length` slots."""
         self.length = length

@@ -8,6 +8,7 @@ row's table names its pages in their order, wherever they lie. A forward over to
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from burnish.model.attention import Frame, visibility
 from burnish.model.cache import KVCache, Prefix
 from burnish.model.spec import Spec
+from burnish.native import paged
 
 INT8_MAX = 127
 
@@ -30,15 +32,15 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 class Pages:
     """Keys and values of `count` pages: slot s holds a token's, page s // block_size its page's.
 
-    `stored` are (keys and values, layers, slots, kv_heads, head_dim), in `dtype` or as int8 with `scales`
-    (2, layers, slots, kv_heads, 1).
+    `stored` are (keys and values, layers, kv_heads, slots, head_dim), in `dtype` or as int8 with `scales`
+    (2, layers, kv_heads, slots, 1).
     """
 
     def __init__(
         self, spec: Spec, count: int, block_size: int, dtype: torch.dtype, device: torch.device, int8: bool = False
     ):
         self.count, self.block_size, self.dtype = count, block_size, dtype
-        shape = (2, spec.num_layers, count * block_size, spec.num_kv_heads)
+        shape = (2, spec.num_layers, spec.num_kv_heads, count * block_size)
         self.stored = torch.empty(*shape, spec.head_dim, dtype=torch.int8 if int8 else dtype, device=device)
         self.scales = torch.empty(*shape, 1, device=device) if int8 else None
 
@@ -53,21 +55,26 @@ class Pages:
         return self.stored.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put keys and values (n, kv_heads, head_dim) into slots (n,) of a layer."""
+        """Put keys and values (kv_heads, n, head_dim) into slots (n,) of a layer."""
         for kind, x in enumerate((keys, values)):
             if self.scales is not None:
                 x, scale = quantize(x)
-                self.scales[kind, layer].index_copy_(0, slots, scale)
-            self.stored[kind, layer].index_copy_(0, slots, x.to(self.stored.dtype))
+                self.scales[kind, layer].index_copy_(1, slots, scale)
+            self.stored[kind, layer].index_copy_(1, slots, x.to(self.stored.dtype))
+
+    def of(self, layer: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+        """A layer's keys and values, and their scales in int8."""
+        scales = None if self.scales is None else (self.scales[0, layer], self.scales[1, layer])
+        return (self.stored[0, layer], self.stored[1, layer]), scales
 
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values (B, kv_heads, S, head_dim) in slots (B, S) of a layer."""
         found = []
         for kind in range(2):
-            x = self.stored[kind, layer][slots]
+            x = self.stored[kind, layer][:, slots]
             if self.scales is not None:
-                x = (x * self.scales[kind, layer][slots]).to(self.dtype)
-            found.append(x.transpose(1, 2))
+                x = (x * self.scales[kind, layer][:, slots]).to(self.dtype)
+            found.append(x.transpose(0, 1))
         return found[0], found[1]
 
 
@@ -96,13 +103,23 @@ class View(KVCache):
         return self.positions < self.prefixes[:, None]
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        fresh = (x.transpose(1, 2).flatten(0, 1) for x in (keys, values))
-        self.pages.write(layer, self.slots[:, -self.new :].flatten(), *fresh)
+        self.write(layer, keys, values)
         return self.pages.read(layer, self.slots)
+
+    def attend(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Any:
+        if self.new > 1 or not paged.takes(q):
+            return None
+        self.write(layer, keys, values)
+        stored, scales = self.pages.of(layer)
+        return paged.attention(q[:, :, 0], stored, scales, self.slots, mask, scale)[:, None]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        fresh = (x.transpose(0, 1).flatten(1, 2) for x in (keys, values))
+        self.pages.write(layer, self.slots[:, self.length - self.new :].flatten(), *fresh)
 
     def load(self, prefix: Prefix) -> None:
         """Write the new tokens of one row: a prefix's last ones."""
-        keys, values = (x[:, 0, :, prefix.size - self.new :].transpose(1, 2) for x in (prefix.keys, prefix.values))
+        keys, values = (x[:, 0, :, prefix.size - self.new :] for x in (prefix.keys, prefix.values))
         for layer, each in enumerate(zip(keys, values, strict=True)):
             self.pages.write(layer, self.slots[0, -self.new :], *each)
 
