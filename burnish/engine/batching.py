@@ -127,7 +127,7 @@ class Batcher:
     def __init__(self, model: Model, config: BatchConfig = BatchConfig()):
         """Takes the pool's memory. Raises UserError for a model without pages, and where not one block fits."""
         spec = model.spec
-        if not isinstance(model.net, Transformer) or not spec.generates:
+        if not isinstance(model.net, Transformer) or spec.paired or not spec.generates:
             raise UserError(
                 f"model: a {spec.family} {spec.kind} with the head '{spec.head}' has no pages to batch requests over;"
                 " decoders of burnish's own families have; use generate"
@@ -194,13 +194,13 @@ class Batcher:
                 if request.cancelled:
                     self._leave(request)
             self._admit()
-            self._grow()
             feeds = self._plan()
+            self._make_room(feeds)
             if not feeds:
                 return []
             states = self._forward(feeds)
-            ready = [index for index, (request, _) in enumerate(feeds) if not request.left]
-            return self._choose([feeds[index][0] for index in ready], states[ready]) if ready else []
+            ready = {request: place for place, request in enumerate(feeds) if not request.left}
+            return self._choose(list(ready), states[list(ready.values())]) if ready else []
 
     def _leave(self, request: Request) -> None:
         (self.running if request in self.running else self.waiting).remove(request)
@@ -216,23 +216,25 @@ class Batcher:
         return -(-tokens // self.config.block_size)
 
     def _admit(self) -> None:
-        """Let requests in, in their order, as long as there is room for all their tokens so far, and for a block more
-        of each that runs."""
+        """Let requests in, in their order, as long as there is room for what all have to read, equal blocks once, and
+        for a block more of each."""
+        size = self.config.block_size
         while self.waiting and len(self.running) < self.config.max_batch_size:
             request = self.waiting[0]
             self._adopt(request)
-            short = self._blocks_for(len(request.ids)) - len(request.table)
-            if self.blocks.available < short + len(self.running):
+            together = [*self.running, request]
+            full = {each.name(i) for each in together for i in range(len(each.table), len(each.ids) // size)}
+            if self.running and self.blocks.available < len(full) + len(together):
                 self._free(request)
                 return
             self.waiting.popleft()
             self.running.append(request)
-            self._fit(request)
             if request.fed < request.prefix:
-                prefix, size = self._prefix(request.row)
+                prefix, shown = self._prefix(request.row)
                 assert prefix is not None
-                View(self.pages, [request.table], [size], size - request.fed, [size]).load(prefix)
-                self._advance(request, size)
+                self._fit(request, shown)
+                View(self.pages, [request.table], [shown], shown - request.fed, [shown]).load(prefix)
+                self._advance(request, shown)
 
     def _prefix(self, row: Row) -> tuple[Prefix | None, int]:
         """The keys and values that techniques put before a row, and how many of the last it sees."""
@@ -246,36 +248,32 @@ class Batcher:
     def _adopt(self, request: Request) -> None:
         """Take over the blocks known to hold what the request is to read next; its last token stays to be fed."""
         size = self.config.block_size
-        while not request.fed % size and request.fed + size < len(request.ids):
-            number = request.fed // size
-            block = self.blocks.find(request.name(number))
+        while request.fed == len(request.table) * size and request.fed + size < len(request.ids):
+            block = self.blocks.find(request.name(len(request.table)))
             if block is None:
                 return
-            if number < len(request.table):
-                self.blocks.release(request.table[number])
-                request.table[number] = block
-            else:
-                request.table.append(block)
+            request.table.append(block)
             request.fed += size
 
-    def _fit(self, request: Request) -> bool:
-        """Whether blocks for all the request's tokens were to be had; it holds those that were."""
-        while len(request.table) < self._blocks_for(len(request.ids)):
+    def _fit(self, request: Request, tokens: int) -> bool:
+        """Whether blocks for so many of the request's tokens were to be had; it holds those that were."""
+        while len(request.table) < self._blocks_for(tokens):
             block = self.blocks.take()
             if block is None:
                 return False
             request.table.append(block)
         return True
 
-    def _grow(self) -> None:
-        """Give every request room for its next token, the oldest first, at the youngest's expense."""
+    def _make_room(self, feeds: dict[Request, int]) -> None:
+        """Give every request blocks for what it is fed, the oldest first; the youngest go back where there are none."""
         for request in list(self.running):
-            while request in self.running and not self._fit(request):
+            while request in self.running and not self._fit(request, request.fed + feeds.get(request, 0)):
                 youngest = self.running.pop()
+                feeds.pop(youngest, None)
                 self._free(youngest)
                 self.waiting.appendleft(youngest)
 
-    def _plan(self) -> list[tuple[Request, int]]:
+    def _plan(self) -> dict[Request, int]:
         """How many tokens of which request to feed, the fewest first."""
         size, coming, reading = self.config.block_size, set[bytes](), list[Request]()
         for request in self.running:
@@ -287,25 +285,25 @@ class Batcher:
             if wanted not in coming:  # else an older request is computing just that
                 reading.append(request)
                 coming |= {request.name(i) for i in range(number, full)}
-        feeds = [(request, 1) for request in self.running if request.left == 1]
+        feeds = {request: 1 for request in self.running if request.left == 1}
         room = self.config.max_batch_tokens - len(feeds)
         for done, request in enumerate(sorted(reading, key=lambda request: request.left)):
             count = min(request.left, room // (len(reading) - done))  # at least 1: there are fewer than room
-            feeds.append((request, count))
+            feeds[request] = count
             room -= count
-        return sorted(feeds, key=lambda feed: feed[1])
+        return dict(sorted(feeds.items(), key=lambda feed: feed[1]))
 
-    def _forward(self, feeds: list[tuple[Request, int]]) -> Tensor:
+    def _forward(self, feeds: dict[Request, int]) -> Tensor:
         """The state (hidden,) of each request's last token fed, (requests, hidden)."""
-        single = [request for request, count in feeds if count == 1]
-        groups = [(single, 1)] * bool(single) + [([request], count) for request, count in feeds if count > 1]
+        single = [request for request, count in feeds.items() if count == 1]
+        groups = [(single, 1)] * bool(single) + [([request], count) for request, count in feeds.items() if count > 1]
         views = []
         for requests, count in groups:
             ends = [request.fed + count for request in requests]
             tables, prefixes = [request.table for request in requests], [request.prefix for request in requests]
             views.append(View(self.pages, tables, ends, count, prefixes))
         ids, slots, adapters = list[int](), list[int](), list[int]()
-        for request, count in feeds:
+        for request, count in feeds.items():
             ids += request.ids[request.fed : request.fed + count]
             slots += request.slots[request.fed : request.fed + count]
             adapters += [request.row.adapter] * count
@@ -316,9 +314,9 @@ class Batcher:
         if self.model.adapters is not None:
             batch["adapter_ids"] = torch.tensor(adapters, device=device)
         states = chain.forward(self.model, batch, Step(views))[0]
-        for request, count in feeds:
+        for request, count in feeds.items():
             self._advance(request, request.fed + count)
-        return states[[end - 1 for end in itertools.accumulate(count for _, count in feeds)]]
+        return states[[end - 1 for end in itertools.accumulate(feeds.values())]]
 
     def _advance(self, request: Request, to: int) -> None:
         """Note that the positions before `to` are in the pool."""
