@@ -30,6 +30,7 @@ VOCAB, HEAD = 32000, 64
 WAYS: dict[str, dict[str, Any]] = {
     "alone": {},
     "together": {"batch": {}},
+    "together, 2304 tokens a step": {"batch": {"max_batch_tokens": 2304}},
     "together, int8 keys and values": {"batch": {"kv_cache_dtype": "int8"}},
     "alone, int8 weights": {"techniques": ["int8"]},
     "together, int8 weights": {"techniques": ["int8"], "batch": {}},
@@ -180,7 +181,7 @@ def main() -> None:
         ways[way] = found
         print(f"{way}: {found['seconds']:.1f} s, {found['tokens_per_second']:.2f} tokens a second", flush=True)
     for way, found in ways.items():
-        base = ways.get(way.replace("together", "alone").split(", int8 keys")[0])
+        base = ways.get(way.replace("together", "alone").split(", int8 keys")[0].split(", 2304")[0])
         if way.startswith("together") and base:
             same = [a == b for a, b in zip(found["replies"], base["replies"], strict=True)]
             found |= {"ratio": base["seconds"] / found["seconds"], "equal_replies": sum(same)}

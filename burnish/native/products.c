@@ -401,6 +401,9 @@ INLINE void rows_of(enum kind kind, int half, const product *p, const room *own,
         else
             nibble_tile(HEIGHT, 1, p, own, first, 0, 0);
 #endif
+    } else if (p->tokens > MOST_WIDTH && MOST_WIDTH > WIDTH) { /* x no longer fits the first cache: read it less often */
+        for (int64_t token = 0; token < p->tokens; token += WIDTH)
+            direct_tile(kind, half, HEIGHT, WIDTH, p, own, first, 0, token);
     } else if (p->tokens > WIDTH) {
         for (int64_t r = 0; r < count; r += HEIGHT / 2)
             for (int64_t token = 0; token < p->tokens; token += MOST_WIDTH)
