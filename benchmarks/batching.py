@@ -3,10 +3,11 @@
     python benchmarks/batching.py --shape 0.85B --ways alone together
 
 The model is a random Llama in bfloat16, the prompts are random ids, their lengths evenly spread, and every reply has
-the same number of tokens. `alone` continues one prompt after the other by `generate`; `together` submits all of them to
-a `Batcher` at once and steps until all are done, reading the prompts included. `transformers` is its own `generate` over
-all prompts padded on the left, in float32, since bfloat16 takes it longer on a processor without instructions for it.
-Each way is a process of its own; ways measured before stay in the results file, so that runs can be split.
+the same number of tokens. `alone` continues one prompt after the other by `generate`; `together` submits all of them
+to a `Batcher` at once and steps until all are done, reading the prompts included. `transformers` is its own `generate`
+over all prompts padded on the left, in float32, since bfloat16 takes it longer on a processor without instructions for
+it. Random weights make flat distributions, so that roundings decide some tokens, and replies need not be equal. Each
+way is a process of its own; ways measured before stay in the results file, so that runs can be split.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def model_of(shape: str, techniques: list[str]) -> Any:
 
 
 def run_burnish(work: dict[str, Any], techniques: list[str], batch: dict[str, Any] | None) -> dict[str, Any]:
-    from burnish.engine.batching import Batcher, BatchConfig
+    from burnish.engine.batching import BatchConfig, Batcher
     from burnish.engine.decoding import GenerationConfig
     from burnish.engine.generate import generate
     from burnish.model.example import IGNORE, Example

@@ -199,8 +199,11 @@ class Batcher:
             if not feeds:
                 return []
             states = self._forward(feeds)
-            ready = {request: place for place, request in enumerate(feeds) if not request.left}
-            return self._choose(list(ready), states[list(ready.values())]) if ready else []
+            ready = {request: place for place, (request, count) in enumerate(feeds.items()) if count == request.left}
+            tokens = self._choose(list(ready), states[list(ready.values())]) if ready else []
+            for request, count in feeds.items():  # from here on nothing can fail
+                self._advance(request, request.fed + count)
+            return [self._push(request, token) for request, token in zip(ready, tokens, strict=True)]
 
     def _leave(self, request: Request) -> None:
         (self.running if request in self.running else self.waiting).remove(request)
@@ -314,8 +317,6 @@ class Batcher:
         if self.model.adapters is not None:
             batch["adapter_ids"] = torch.tensor(adapters, device=device)
         states = chain.forward(self.model, batch, Step(views))[0]
-        for request, count in feeds.items():
-            self._advance(request, request.fed + count)
         return states[[end - 1 for end in itertools.accumulate(feeds.values())]]
 
     def _advance(self, request: Request, to: int) -> None:
@@ -325,7 +326,7 @@ class Batcher:
         for number in range(before // size, to // size):
             self.blocks.publish(request.table[number], request.name(number))
 
-    def _choose(self, requests: list[Request], states: Tensor) -> list[Piece]:
+    def _choose(self, requests: list[Request], states: Tensor) -> list[int]:
         """The next token of each request, from its states (requests, hidden)."""
         logits = self.model.net.logits(states)
         groups: dict[tuple[int, int], list[int]] = {}
@@ -337,13 +338,14 @@ class Batcher:
             chosen = requests[places[0]].chooser(logits[places], rows, step)
             for place, token in zip(places, chosen.tolist(), strict=True):
                 tokens[place] = token
-        pieces = []
-        for request, token in zip(requests, tokens, strict=True):
-            piece = request.row.push(token, request.ends)
-            request.ids.append(token)
-            request.slots.append(-1)
-            request.pieces.put(piece)
-            pieces.append(piece)
-            if piece.done:
-                self._leave(request)
-        return pieces
+        return tokens
+
+    def _push(self, request: Request, token: int) -> Piece:
+        """Add a token to a reply, and let the request leave where it ends."""
+        piece = request.row.push(token, request.ends)
+        request.ids.append(token)
+        request.slots.append(-1)
+        request.pieces.put(piece)
+        if piece.done:
+            self._leave(request)
+        return piece

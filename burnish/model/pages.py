@@ -42,7 +42,7 @@ class Pages:
         self.count, self.block_size, self.dtype = count, block_size, dtype
         shape = (2, spec.num_layers, spec.num_kv_heads, count * block_size)
         self.stored = torch.empty(*shape, spec.head_dim, dtype=torch.int8 if int8 else dtype, device=device)
-        self.scales = torch.empty(*shape, 1, device=device) if int8 else None
+        self.scales = torch.empty(*shape, 1, dtype=torch.float32, device=device) if int8 else None
 
     @staticmethod
     def bytes_of(spec: Spec, block_size: int, dtype: torch.dtype, int8: bool) -> int:
