@@ -4,10 +4,11 @@
 
 The model is a random Llama of 0.85 thousand million parameters, in bfloat16 and as each engine stores it in 8 and 4
 bits; llama.cpp reads files of the same shapes and of its own types, made from other random numbers. Every run is a
-process of its own; the order of the runs is turned round from round to round. Decoding counts single tokens after a prompt of 32,
-by their median; prefill is a prompt of 256 to its first token, by the fastest of three. The limits, the bandwidth of
-reading memory and the rate of matrix products of 2048 in the faster of float32 and bfloat16, are measured before every
-run, and the best of each is taken. transformers runs its compiled static cache too, its documented way to decode fast.
+process of its own; the order of the runs is turned round from round to round. Decoding counts single tokens after a
+prompt of 32, by their median; prefill is a prompt of 256 to its first token, by the fastest of three. The limits, the
+bandwidth of reading memory and the rate of matrix products of 2048 in the faster of float32 and bfloat16, are measured
+before every run, and the best of each is taken. transformers runs its compiled static cache too, its documented way to
+decode fast.
 --llama-python is an interpreter with llama-cpp-python and gguf; without it llama.cpp is left away.
 """
 

@@ -60,8 +60,20 @@ def stream(
     no text. `adapters` names each prompt's adapter of those loaded, None for the bare base; without it all take the
     active one. The model is in evaluation mode until the iterator ends or is closed.
 
-    Raises UserError, before the first token, for a model without a decoder or a language-model head, for a
-    prompt that cannot be encoded or is empty, and where learned positions do not reach.
+    Raises UserError as `rows_of` does, before the first token.
+    """
+    rows = sorted(rows_of(model, prompts, config, adapters), key=lambda row: len(row.example.ids))
+    groups = [rows[start : start + config.batch_size] for start in range(0, len(rows), config.batch_size)]
+    return _run(model, groups, config, ends_of(model, config))
+
+
+def rows_of(
+    model: Model, prompts: Sequence[Prompt], config: GenerationConfig, adapters: Sequence[str | None] | None = None
+) -> list[Row]:
+    """The prompts on their way. Arguments as `stream`'s.
+
+    Raises UserError for a model without a decoder or a language-model head, for a prompt that cannot be encoded or is
+    empty, and where learned positions do not reach.
     """
     spec = model.spec
     if not spec.generates:
@@ -73,7 +85,6 @@ def stream(
         raise UserError("prompts: a list of prompts is needed, not one text; put it in brackets")
     chosen = _adapter_ids(model, len(prompts), adapters)
     examples = encode(model, [_example(model, prompt) for prompt in prompts])
-    ends = ends_of(model, config)
     copies: Counter[tuple[int, ...]] = Counter()
     rows = []
     for index, example in enumerate(examples):
@@ -82,11 +93,9 @@ def stream(
         if not example.ids:
             raise UserError(f"prompt {index + 1} is empty; write something")
         rows.append(row)
-    rows.sort(key=lambda row: len(row.example.ids))
-    groups = [rows[start : start + config.batch_size] for start in range(0, len(rows), config.batch_size)]
     if rows and spec.positions == "learned":
-        _check_positions(model, rows[-1], config)
-    return _run(model, groups, config, ends)
+        _check_positions(model, max(rows, key=lambda row: len(row.example.ids)), config)
+    return rows
 
 
 def _adapter_ids(model: Model, count: int, adapters: Sequence[str | None] | None) -> list[int]:

@@ -7,6 +7,7 @@ padding, packed documents, a cache and a prefix are handled in one place. `narro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +30,8 @@ class Frame:
     `mask` is None, a bool (B, 1, T, S), or an additive bias (B, heads, T, S); `causal` asks for the plain causal
     triangle and then `mask` is None. `real` are the places (N,) of the real tokens among B * T, None where all are: the
     layers' activations are theirs alone, (N, hidden), and only attention lays them out in rows. `source` is what an
-    encoder-decoder's layers attend to.
+    encoder-decoder's layers attend to. `parts`, where there are any, are frames of the tokens in their order, each of
+    which attends by itself.
     """
 
     batch: int
@@ -41,6 +43,7 @@ class Frame:
     prefix: Prefix | None
     real: Tensor | None = None
     source: Any = None
+    parts: Sequence[Frame] = ()
 
     def flat(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (N, ...), the real tokens."""
@@ -145,13 +148,17 @@ def narrow(pattern: Pattern, spec: Spec, frame: Frame, positions: Tensor) -> Fra
 
     A prefix is seen from anywhere.
     """
+    if frame.parts:
+        queries = positions[0].split([part.batch * part.length for part in frame.parts])
+        each = zip(frame.parts, queries, strict=True)
+        return replace(frame, parts=[narrow(pattern, spec, part, at.view(part.batch, -1)) for part, at in each])
     cache = frame.cache
     if pattern.covers(frame.length if cache is None else cache.length):
         return frame
     key_positions = positions if cache is None else cache.positions[:, : cache.length].clamp(min=0)
     seen = pattern(positions[:, :, None], key_positions[:, None, :], spec.causal)  # (B, T, S)
-    if cache is not None and cache.prefix:
-        seen[:, :, : cache.prefix] = True
+    if cache is not None:
+        seen = seen | cache.of_prefix()[:, None]
     if frame.prefix is not None:
         seen = F.pad(seen, (frame.prefix.size, 0), value=True)
     mask = seen[:, None]
@@ -203,8 +210,24 @@ class Attention(nn.Module):
         """q, k, v (B, T, heads, head_dim), not yet rotated -> (B, T, heads, head_dim)."""
         if frame.rotary is not None:
             q, k = rotate(q, *frame.rotary), rotate(k, *frame.rotary)
+        if not frame.parts:
+            return self.mix(q, k, v, frame)
+        sizes = [part.batch * part.length for part in frame.parts]
+        pieces = zip(frame.parts, *(x[0].split(sizes) for x in (q, k, v)), strict=True)
+        out = []
+        for part, *each in pieces:
+            queries, keys, values = (x.view(part.batch, part.length, *x.shape[1:]) for x in each)
+            out.append(self.mix(queries, keys, values, part).flatten(0, 1))
+        return torch.cat(out)[None]
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, frame: Frame) -> Tensor:
+        """The same after the rotation."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
         if frame.cache is not None:
+            if not self.spec.attention_softcap:
+                direct = frame.cache.attend(self.layer, q, k, v, frame.mask, self.scale or self.spec.head_dim**-0.5)
+                if direct is not None:
+                    return direct
             k, v = frame.cache.update(self.layer, k, v)
         k, v = self.after_prefix(k, v, frame)
         grouped = self.spec.num_kv_heads != self.spec.num_heads

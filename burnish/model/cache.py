@@ -85,6 +85,14 @@ class KVCache:
         past = torch.where(self.valid, self.positions, torch.full_like(self.positions, -1))
         return past[:, : max(self.length, 1)].max(dim=1).values + 1
 
+    def after(self, positions: Tensor) -> Tensor:
+        """(B, T) the positions of new tokens, which `positions` (B, T) counts from 0."""
+        return positions + self.next_positions()[:, None] if self.length else positions
+
+    def of_prefix(self) -> Tensor:
+        """bool, to broadcast against (B, length): the slots that hold a prefix."""
+        return torch.arange(self.length, device=self.valid.device)[None] < self.prefix
+
     def load(self, prefix: Prefix) -> None:
         """Put a prefix into the first slots; each row sees the last `lengths[row, 0]` of them."""
         size = prefix.size
@@ -113,6 +121,11 @@ class KVCache:
         own_keys[:, :, start : self.length] = keys
         own_values[:, :, start : self.length] = values
         return own_keys[:, :, : self.length], own_values[:, :, : self.length]
+
+    def attend(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Any:
+        """`update` and the attention of q (B, heads, T, head_dim) together, as (B, T, heads, head_dim), where there is
+        a shorter way than over what `update` returns; else None, and nothing is written."""
+        return None
 
     def shorten(self, length: int) -> None:
         """Take back what is beyond the first `length` slots."""

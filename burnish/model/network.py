@@ -158,8 +158,8 @@ class Network(nn.Module):
             positions = (valid.long().cumsum(1) - 1).clamp(min=0)
         else:
             positions = torch.arange(length, device=device).expand(batch, length)
-        if cache is not None and cache.length and position_ids is None:
-            positions = positions + cache.next_positions()[:, None]
+        if cache is not None and position_ids is None:
+            positions = cache.after(positions)
         if prefix is not None:
             positions = positions + (prefix.size if prefix.lengths is None else prefix.lengths)
         return positions

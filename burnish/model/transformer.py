@@ -23,6 +23,7 @@ from burnish.model.families import layout
 from burnish.model.linear import Linear
 from burnish.model.network import Layout, Network
 from burnish.model.norm import norm
+from burnish.model.pages import Step
 from burnish.model.patterns import Window
 from burnish.model.positions import alibi_slopes, inverse_frequencies, rotary_angles, rotary_scale
 from burnish.model.spec import Spec
@@ -239,7 +240,10 @@ class Transformer(Network):
         positions = self.positions(batch, length, valid, position_ids, cache, prefix, x.device)
         if cache is not None:
             cache.reserve(valid, positions)
-        mask, causal = visibility(self.spec, positions, valid, segment_ids, cache, prefix, x.dtype, self.bias())
+        parts = cache.parts(self.spec, x.dtype) if isinstance(cache, Step) else ()
+        mask, causal = None, False
+        if not parts:
+            mask, causal = visibility(self.spec, positions, valid, segment_ids, cache, prefix, x.dtype, self.bias())
         rotary = None
         if self.spec.positions == "rotary":
             frequencies = inverse_frequencies(self.spec, x.device)
@@ -257,7 +261,7 @@ class Transformer(Network):
             x = x + self.embed_token_types(types).to(x.dtype)
 
         real = None if valid is None else valid.flatten().nonzero().squeeze(1)
-        frame = Frame(batch, length, mask, causal, rotary, cache, prefix, real, source)
+        frame = Frame(batch, length, mask, causal, rotary, cache, prefix, real, source, parts)
         if self.pattern is not None:
             frame = narrow(self.pattern, self.spec, frame, positions)
         frames = [frame] * self.spec.num_layers

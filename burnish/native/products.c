@@ -344,6 +344,8 @@ INLINE void rows_of(enum kind kind, enum arithmetic how, const product *p, group
         tile(kind, how, height_of(kind, how, 1), 1, p, g, 0, 0);
     else if (tokens == 2)
         tile(kind, how, HEIGHT, 2, p, g, 0, 0);
+    else if (tokens > MOST_WIDTH && MOST_WIDTH > WIDTH) /* x no longer fits the first cache: read it less often */
+        for (int64_t token = 0; token < tokens; token += WIDTH) tile(kind, how, HEIGHT, WIDTH, p, g, 0, token);
     else
         for (int64_t r = 0; r < g->count; r += 2)
             for (int64_t token = 0; token < tokens; token += MOST_WIDTH)
