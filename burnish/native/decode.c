@@ -43,6 +43,9 @@ typedef struct {
     int64_t threads, narrow; /* narrow: of a network that computes in bfloat16 */
 } stack;
 
+/* What is run of a layer: all of it, or one half, whose result then goes to `branch` (rows, hidden) and not into x. */
+enum part { WHOLE_LAYER, ATTENTION, FEED_FORWARD };
+
 /* What one step brings. x (rows, hidden), cosine and sine (rows, rotated) float32; the new token's slot is `length` - 1.
  * mask (rows, length) bytes, or (rows, heads, length) float32; `mask_row` and `mask_head` count its elements. */
 typedef struct {
@@ -50,7 +53,8 @@ typedef struct {
     float *x;
     const float *cosine, *sine;
     const void *mask;
-    int64_t masking, mask_row, mask_head;
+    int64_t masking, mask_row, mask_head, part;
+    float *branch;
 } step;
 
 /* exp to a relative error of 1e-7, for x <= 88: 2^n times a polynomial of the rest (Cephes' coefficients). */
@@ -278,9 +282,10 @@ static void activate_rows(const stack *s, int gated, int64_t rows, const workspa
 /* A branch's product, added to x; through a norm of its own where there is one. */
 static void join(const projection *last, const float *from, const norm *after, const stack *s, const step *now,
                  const workspace *own) {
-    float *outs[] = {after->weight ? own->branch : now->x};
-    project(s, last, 1, from, now->rows, outs, !after->weight, own);
-    if (!after->weight) return;
+    const int alone = now->part != WHOLE_LAYER, apart = alone || after->weight;
+    float *outs[] = {alone ? now->branch : apart ? own->branch : now->x};
+    project(s, last, 1, from, now->rows, outs, !apart, own);
+    if (alone || !apart) return;
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < now->rows; row++) {
         float *branch = own->branch + row * s->hidden;
@@ -289,27 +294,28 @@ static void join(const projection *last, const float *from, const norm *after, c
     }
 }
 
-static void run_layer(const stack *s, const layer *l, const step *now, const workspace *own) {
+static void run_attention(const stack *s, const layer *l, const step *now, const workspace *own) {
     const int64_t rows = now->rows, query = s->heads * s->size, key = s->kv_heads * s->size;
     float *k = own->projected + rows * query, *outs[] = {own->projected, k, k + rows * key};
     norm_rows(&l->before_attention, now->x, rows, s->hidden, own->input);
-    const float *inner = own->input;
-    if (s->parallel && l->before_mlp.weight) {
-        norm_rows(&l->before_mlp, now->x, rows, s->hidden, own->second);
-        inner = own->second;
-    }
     project(s, &l->q, 3, own->input, rows, outs, 0, own);
     remember(s, l, now, own);
     attend_all(s, l, now, own);
-    join(&l->o, own->attended, &l->after_attention, s, now, own);
-    if (!s->parallel) {
-        norm_rows(&l->before_mlp, now->x, rows, s->hidden, own->second);
-        inner = own->second;
-    }
+}
+
+static void run_layer(const stack *s, const layer *l, const step *now, const workspace *own) {
+    const norm *before = l->before_mlp.weight ? &l->before_mlp : &l->before_attention;
     const int gated = l->up.w.bytes != NULL; /* else `gate` is the only one */
-    float *halves[] = {own->inner, gated ? own->inner + rows * s->inner : own->inner};
-    project(s, &l->gate, 2, inner, rows, halves, 0, own);
-    activate_rows(s, gated, rows, own);
+    float *halves[] = {own->inner, gated ? own->inner + now->rows * s->inner : own->inner};
+    if (s->parallel) norm_rows(before, now->x, now->rows, s->hidden, own->second);
+    if (now->part != FEED_FORWARD) {
+        run_attention(s, l, now, own);
+        join(&l->o, own->attended, &l->after_attention, s, now, own);
+    }
+    if (now->part == ATTENTION) return;
+    if (!s->parallel) norm_rows(before, now->x, now->rows, s->hidden, own->second);
+    project(s, &l->gate, 2, own->second, now->rows, halves, 0, own);
+    activate_rows(s, gated, now->rows, own);
     join(&l->down, own->inner, &l->after_mlp, s, now, own);
 }
 

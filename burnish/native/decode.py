@@ -19,6 +19,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 FUSED = ("", "heads", "blocks")
 MOST_HEAD_SIZE = 512
 SEEN_ALL, BOOLEAN, ADDITIVE = 0, 1, 2
+WHOLE, ATTENTION, FEED_FORWARD = 0, 1, 2  # what is run of a layer
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class _Step(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("rows", "length", "capacity", "cache_half")),
         *((name, c_void_p) for name in ("x", "cosine", "sine", "mask")),
-        *((name, c_int64) for name in ("masking", "mask_row", "mask_head")),
+        *((name, c_int64) for name in ("masking", "mask_row", "mask_head", "part")), ("branch", c_void_p),
     ]  # fmt: skip
 
 
@@ -130,8 +131,9 @@ class Layers:
         length: int,
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
+        part: int = WHOLE,
     ) -> Tensor:
-        """x (rows, hidden) through some of the layers, in x's dtype.
+        """x (rows, hidden) through some of the layers, in x's dtype; or what one half of one layer adds to x, float32.
 
         keys, values by layer (rows, kv_heads, capacity, size), float32 or bfloat16, hold `length` - 1 tokens and get
         one more. rotary: cosine and sine (rows, rotated). mask: bool (rows, length) of what is seen, or floating
@@ -146,15 +148,17 @@ class Layers:
             masking, row, head = BOOLEAN if boolean else ADDITIVE, mask.stride(0) * (len(mask) > 1), mask.stride(-2)
         for index in layers:
             self.layers[index].keys, self.layers[index].values = keys[index].data_ptr(), values[index].data_ptr()
+        branch = torch.empty_like(out) if part else None
         self.stack.threads, self.stack.narrow = torch.get_num_threads(), x.dtype == torch.bfloat16
         step = _Step(
             len(out), length, keys[layers[0]].shape[2], keys[layers[0]].dtype == torch.bfloat16, out.data_ptr(),
-            *(map(_pointer, wide) if wide else (None, None)), _pointer(mask), masking, row, head,
+            *(map(_pointer, wide) if wide else (None, None)), _pointer(mask), masking, row, head, part,
+            _pointer(branch),
         )  # fmt: skip
         first = ctypes.byref(self.layers, layers.start * ctypes.sizeof(_Layer))
         if products.ready().decode(ctypes.byref(self.stack), first, len(layers), ctypes.byref(step)):
             raise MemoryError(f"no memory for a step of {len(out)} tokens")
-        return out.to(x.dtype)
+        return out.to(x.dtype) if branch is None else branch
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

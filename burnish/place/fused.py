@@ -6,7 +6,8 @@ them; fused, its norms, projections, rotation, attention, activation and residua
 not know (a wrapped projection, a norm behind the sum, a hook) run as they are, between those that it knows. Prefill and
 training are not touched.
 
-Activations are float32 within a step, whatever dtype the network computes in.
+Over ranks that each have a part of every matrix, a layer is run in its two halves, with the sum over the ranks behind
+each. Activations are float32 within a step, whatever dtype the network computes in.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from burnish.model.norm import CentredNorm, Norm
 from burnish.model.spec import Spec
 from burnish.model.transformer import MLP, Layer, Transformer
 from burnish.native import decode, products
+from burnish.place.tensor_parallel import Summed
 
 MOST_ROWS = products.MOST_TOKENS
 
@@ -54,7 +57,10 @@ class Stepper:
     def __init__(self, net: Transformer):
         self.net = net
         self.known = [describe(layer) for layer in net.layers]
-        self.layers = decode.Layers(shape_of(net.spec), [known or ({}, {}, 1.0) for known in self.known])
+        attention: Attention = net.layers[0].self_attn  # type: ignore[assignment, union-attr]
+        inner = next((known[0]["gate"].shape[0] for known in self.known if known), 0)
+        found = [known or ({}, {}, 1.0) for known in self.known]
+        self.layers = decode.Layers(shape_of(attention.spec, inner), found)
 
     def __call__(self, x: Tensor, frames: Sequence[Frame]) -> Tensor | None:
         """x (rows, hidden) before the layers -> after them."""
@@ -63,55 +69,79 @@ class Stepper:
             return None
         if len(x) > MOST_ROWS or torch.is_grad_enabled() or cache.keys[0].dtype not in products.DTYPES:
             return None
-        runs = groupby(range(len(self.known)), key=lambda index: (self.known[index] is not None, id(frames[index])))
-        for (known, _), run in runs:
+        runs = groupby(range(len(self.known)), key=lambda index: (self.way(index), id(frames[index])))
+        for (way, _), run in runs:
             indices = list(run)
             own = frames[indices[0]]
-            if not known:
-                for index in indices:
-                    x = self.net.layers[index](x, own)
-                continue
             rotary = None if own.rotary is None else tuple(part[:, 0, 0] for part in own.rotary)
             mask = own.mask
             if mask is not None:
                 mask = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, :, 0]
-            span = range(indices[0], indices[-1] + 1)
-            x = self.layers.run(span, x, cache.keys, cache.values, cache.length, rotary, mask)  # type: ignore[arg-type]
+            rest = (cache.keys, cache.values, cache.length, rotary, mask)
+            if way == "fused":
+                x = self.layers.run(range(indices[0], indices[-1] + 1), x, *rest)  # type: ignore[arg-type]
+                continue
+            for index in indices:
+                x = self.net.layers[index](x, own) if way == "as it is" else self.in_halves(index, x, rest)
         return x
 
+    def way(self, index: int) -> str:
+        """How a layer is run."""
+        if self.known[index] is None:
+            return "as it is"
+        return "in halves" if isinstance(self.net.layers[index].self_attn.o_proj, Summed) else "fused"  # type: ignore[union-attr]
 
-def shape_of(spec: Spec) -> decode.Shape:
+    def in_halves(self, index: int, x: Tensor, rest: tuple[Any, ...]) -> Tensor:
+        """A layer whose halves each end in a sum over ranks."""
+        layer: Layer = self.net.layers[index]  # type: ignore[assignment]
+        o, down = layer.self_attn.o_proj, layer.mlp.down_proj
+        assert isinstance(o, Summed) and isinstance(down, Summed)
+        wide, one = x.float(), range(index, index + 1)
+        added = self.layers.run(one, x, *rest, part=decode.ATTENTION)
+        if self.layers.shape.parallel:
+            added = added + self.layers.run(one, x, *rest, part=decode.FEED_FORWARD)
+            return (wide + o.total(added, down.bias)).to(x.dtype)
+        wide = wide + o.total(added)
+        x = wide.to(x.dtype)
+        return (wide + down.total(self.layers.run(one, x, *rest, part=decode.FEED_FORWARD))).to(x.dtype)
+
+
+def shape_of(spec: Spec, inner: int) -> decode.Shape:
     rotated = int(spec.head_dim * spec.rotary_share) if spec.positions == "rotary" else 0
-    sizes = (spec.hidden_size, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.intermediate_size)
+    sizes = (spec.hidden_size, spec.num_heads, spec.num_kv_heads, spec.head_dim, inner)
     return decode.Shape(*sizes, spec.fused_qkv, bool(spec.parallel_norms), spec.activation, rotated, spec.clip_qkv)
 
 
 def describe(layer: nn.Module) -> tuple[dict[str, decode.Matrix], dict[str, decode.Norm], float] | None:
     """A layer's projections, norms and scale of scores; None where it is not all the network's own."""
-    kinds = (Layer, Attention, MLP, Linear, Norm, CentredNorm)
     if type(layer) is not Layer:
         return None
     spec, attention, mlp = layer.spec, layer.self_attn, layer.mlp
-    own = [part for part in layer.modules() if not isinstance(part, nn.Identity)]
-    strange = [part for part in own if part._forward_hooks or part._forward_pre_hooks]
-    parts = [layer, attention, mlp, *layer.children(), *attention.children(), *mlp.children()]
-    if strange or any(type(part) not in kinds for part in parts):
+    outs = [attention.o_proj, mlp.down_proj]
+    split = all(isinstance(out, Summed) for out in outs)
+    if any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules()):
         return None
-    if spec.post_norm or spec.attention_softcap or spec.head_dim > decode.MOST_HEAD_SIZE or len(parts) < 3:
+    known = (Attention, MLP, Linear, Norm, CentredNorm, *((Summed,) if split else ()))
+    if any(type(part) not in known for parent in (layer, attention, mlp) for part in parent.children()):
         return None
-    named = {
+    if spec.post_norm or spec.attention_softcap or (split and spec.sandwich_norm):
+        return None
+    if spec.head_dim > decode.MOST_HEAD_SIZE:
+        return None
+    named: dict[str, Any] = {
         "q": attention.qkv_proj if spec.fused_qkv else attention.q_proj,
         "k": None if spec.fused_qkv else attention.k_proj,
         "v": None if spec.fused_qkv else attention.v_proj,
-        "o": attention.o_proj, "gate": mlp.gate_proj or mlp.up_proj, "up": mlp.gate_proj and mlp.up_proj,
-        "down": mlp.down_proj,
+        "o": outs[0].base if split else outs[0],
+        "gate": mlp.gate_proj or mlp.up_proj, "up": mlp.gate_proj and mlp.up_proj,
+        "down": outs[1].base if split else outs[1],
     }  # fmt: skip
     matrices = {}
     for name, linear in named.items():
         if linear is None:
             continue
-        stored = linear.weight.as_stored()
-        if stored is None or linear.weight.shape[0] != linear.out_features:
+        stored = linear.weight.as_stored() if type(linear) is Linear else None
+        if stored is None:
             return None
         bias = None if linear.bias is None else linear.bias.detach().float()
         matrices[name] = decode.Matrix(*stored, (linear.out_features, linear.in_features), bias)

@@ -39,8 +39,14 @@ class Summed(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.ranks.sum(self.base(x).contiguous())
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.total(self.base(x))
+
+    def total(self, y: Tensor, more: Tensor | None = None) -> Tensor:
+        """The ranks' y (tokens, out), which may change, in one sum, with the bias and one `more`."""
+        y = self.ranks.sum(y.contiguous())
+        for bias in (self.bias, more):
+            y = y if bias is None else y + bias.to(y.dtype)
+        return y
 
 
 class Gathered(nn.Module):

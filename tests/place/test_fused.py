@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from placed_jobs import on_ranks
 
 from burnish import chain
 from burnish.engine.decoding import GenerationConfig
@@ -12,6 +13,7 @@ from burnish.engine.generate import generate
 from burnish.model.example import IGNORE, Example
 from burnish.native import products
 from burnish.place import fused as fast
+from burnish.place.choice import placed
 from burnish.place.fused import fused
 from burnish.store.checkpoint import load
 
@@ -118,6 +120,45 @@ def test_replies_are_the_same(folders, settings, steps):
         for on in (False, True)
     ]
     assert replies[0] == replies[1] and steps
+
+
+def halves_on_a_rank(ranks, folders):
+    """States of a split model with and without the fast path, and what was run of its layers, by name."""
+    found = {}
+    ran = []
+    run = fast.decode.Layers.run
+
+    def counted(self, *given, part):
+        ran.append(part)
+        return run(self, *given, part=part)
+
+    fast.decode.Layers.run = counted
+    for name, (folder, techniques) in folders.items():
+        ran.clear()
+        model = load(folder, torch.float32, techniques=techniques, unread=True)
+        plain, got = both(placed(chain.apply(model, techniques), "tensor_parallel", ranks))
+        found[name] = (plain, got, list(ran))
+    return found
+
+
+def test_split_over_ranks_a_layer_is_run_in_its_halves(tmp_path):
+    if products.library() is None:
+        pytest.skip("no compiler")
+    wide = {
+        "llama": {"hidden_size": 128, "intermediate_size": 256},
+        "bloom": {"hidden_size": 128, "n_head": 4},
+        "falcon": {"hidden_size": 128},
+        "gpt2": {"n_embd": 128},
+    }
+    names = {name: tiny.write(tmp_path / name, tiny.reference(name, **changes)) for name, changes in wide.items()}
+    cases = {name: (str(folder), []) for name, folder in names.items()}
+    cases |= {kind: (str(names["llama"]), [kind]) for kind in ("int8", "nf4")}
+    alone = {name: decoded(chain.apply(load(folder, torch.float32), kind)) for name, (folder, kind) in cases.items()}
+    for rank in on_ranks(2, halves_on_a_rank, cases, tmp_path / "out"):
+        for name, (plain, got, ran) in rank.items():
+            assert ran == [fast.decode.ATTENTION, fast.decode.FEED_FORWARD] * STEPS * 2, name
+            torch.testing.assert_close(got, plain, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(got, alone[name], atol=2e-5, rtol=1e-4)
 
 
 def test_training_and_prefill_do_not_go_through_it(folders, steps):
