@@ -77,9 +77,10 @@ class Stepper:
             mask = own.mask
             if mask is not None:
                 mask = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, :, 0]
-            rest = (cache.keys, cache.values, cache.length, rotary, mask)
+            rest: dict[str, Any] = {"keys": cache.keys, "values": cache.values, "length": cache.length}
+            rest |= {"rotary": rotary, "mask": mask}
             if way == "fused":
-                x = self.layers.run(range(indices[0], indices[-1] + 1), x, *rest)  # type: ignore[arg-type]
+                x = self.layers.run(range(indices[0], indices[-1] + 1), x, **rest)
                 continue
             for index in indices:
                 x = self.net.layers[index](x, own) if way == "as it is" else self.in_halves(index, x, rest)
@@ -91,19 +92,19 @@ class Stepper:
             return "as it is"
         return "in halves" if isinstance(self.net.layers[index].self_attn.o_proj, Summed) else "fused"  # type: ignore[union-attr]
 
-    def in_halves(self, index: int, x: Tensor, rest: tuple[Any, ...]) -> Tensor:
+    def in_halves(self, index: int, x: Tensor, rest: dict[str, Any]) -> Tensor:
         """A layer whose halves each end in a sum over ranks."""
         layer: Layer = self.net.layers[index]  # type: ignore[assignment]
         o, down = layer.self_attn.o_proj, layer.mlp.down_proj
         assert isinstance(o, Summed) and isinstance(down, Summed)
         wide, one = x.float(), range(index, index + 1)
-        added = self.layers.run(one, x, *rest, part=decode.ATTENTION)
+        added = self.layers.run(one, x, **rest, part=decode.ATTENTION)
         if self.layers.shape.parallel:
-            added = added + self.layers.run(one, x, *rest, part=decode.FEED_FORWARD)
+            added = added + self.layers.run(one, x, **rest, part=decode.FEED_FORWARD)
             return (wide + o.total(added, down.bias)).to(x.dtype)
         wide = wide + o.total(added)
         x = wide.to(x.dtype)
-        return (wide + down.total(self.layers.run(one, x, *rest, part=decode.FEED_FORWARD))).to(x.dtype)
+        return (wide + down.total(self.layers.run(one, x, **rest, part=decode.FEED_FORWARD))).to(x.dtype)
 
 
 def shape_of(spec: Spec, inner: int) -> decode.Shape:

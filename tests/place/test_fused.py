@@ -45,9 +45,9 @@ def steps(monkeypatch):
     seen: list[int] = []
     run = fast.decode.Layers.run
 
-    def counted(self, layers, *rest):
+    def counted(self, layers, *given, **named):
         seen.append(len(layers))
-        return run(self, layers, *rest)
+        return run(self, layers, *given, **named)
 
     monkeypatch.setattr(fast.decode.Layers, "run", counted)
     return seen
@@ -128,9 +128,9 @@ def halves_on_a_rank(ranks, folders):
     ran = []
     run = fast.decode.Layers.run
 
-    def counted(self, *given, part):
+    def counted(self, *given, part, **named):
         ran.append(part)
-        return run(self, *given, part=part)
+        return run(self, *given, part=part, **named)
 
     fast.decode.Layers.run = counted
     for name, (folder, techniques) in folders.items():
