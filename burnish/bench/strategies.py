@@ -22,13 +22,13 @@ from burnish import device
 from burnish.bench.jobs import Job, run_job
 from burnish.bench.latency import summary
 from burnish.bench.launcher import launchers
-from burnish.chain import parse_chain
-from burnish.config import UserError, nearest
+from burnish.bench.strategies_page import COLUMNS, cells, page
+from burnish.bench.strategy import DEFAULT, PARTS, parse
+from burnish.config import Bytes, UserError
 from burnish.plan import check_memory
 from burnish.store.hub import resolve
 from burnish.store.tensors import write_json
 
-STRATEGIES: dict[str, list[Any]] = {"plain": [], "int8": ["int8"], "nf4": ["nf4"]}
 ROUNDS = 2
 PROMPT = "Question: Where was Odile Kinlow born? Answer:"
 
@@ -44,7 +44,8 @@ class BenchConfig:
     positional: ClassVar[str] = "model"
     model: str = field(default="pebble", metadata=_help("checkpoint folder, hub id or 'pebble'"))
     strategies: list[str] = field(
-        default_factory=lambda: list(STRATEGIES), metadata=_help("which, of those listed below")
+        default_factory=lambda: list(DEFAULT),
+        metadata=_help(f"ways to run it, each of one or more parts joined by +: {', '.join(PARTS)}"),
     )
     prompt: str = field(default=PROMPT, metadata=_help("text that is continued"))
     prompt_tokens: int = field(default=0, metadata=_help("instead of a text so many random tokens"))
@@ -54,33 +55,30 @@ class BenchConfig:
     runs: int = field(default=10, metadata=_help("timed requests"))
     threads: int = field(default=0, metadata=_help("threads of the processor; 0: one per core"))
     dtype: str = field(default="", metadata=_help("load as bf16, fp16 or fp32; empty: as stored"))
+    ranks: int = field(default=2, metadata=_help("processes of layer_parallel and tensor_parallel"))
+    memory_limit: Bytes | None = field(
+        default=None, metadata=_help("offload's; none: half of the model beside what the process takes anyway")
+    )
     timeout: float = field(default=1800, metadata=_help("seconds that one strategy may take in one round"))
-    output_dir: Path | None = field(default=None, metadata=_help("folder for bench.json"))
+    output_dir: Path | None = field(default=None, metadata=_help("folder for bench.json and report.html"))
     json: bool = field(default=False, metadata=_help("print JSON"))
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
     """Time every strategy: {"limits", "rows", "environment"}. Raises UserError for unknown strategies."""
-    for name in config.strategies:
-        if name not in STRATEGIES:
-            raise UserError(
-                f"strategies: '{name}' is unknown{nearest(name, STRATEGIES)}; known: {', '.join(STRATEGIES)}"
-            )
-    for name, least in (("runs", 1), ("warmups", 0), ("max_new_tokens", 2), ("prompt_tokens", 0)):
+    for name, least in (("runs", 1), ("warmups", 0), ("max_new_tokens", 2), ("prompt_tokens", 0), ("ranks", 2)):
         if getattr(config, name) < least:
             raise UserError(f"{name}: must be at least {least}, is {getattr(config, name)}")
+    ways = {name: parse(name, config.ranks, config.memory_limit or 0) for name in config.strategies}
     folder = resolve(config.model)
-    chains = {name: STRATEGIES[name] for name in config.strategies}
-    for techniques in chains.values():
-        parse_chain(techniques)
-    check_memory(folder, list(chains.values()))
+    check_memory(folder, [list(way.techniques) for way in ways.values() if way.place != "offload"])
     threads = config.threads or device.environment()["cores"]
     common = {
         "kind": "bench", "model": str(folder), "threads": threads, "dtype": config.dtype, "prompt": config.prompt,
         "prompt_tokens": config.prompt_tokens, "new_tokens": config.max_new_tokens, "warmups": config.warmups,
         "runs": -(-config.runs // ROUNDS), "batch_sizes": config.batch_sizes,
     }  # fmt: skip
-    jobs = {name: {**common, "techniques": techniques} for name, techniques in chains.items()}
+    jobs = {name: {**common, **way.job()} for name, way in ways.items()}
     found: dict[str, list[Job]] = {name: [] for name in jobs}
     with tempfile.TemporaryDirectory() as scratch, launchers(1) as free:
         limits = run_job(
@@ -110,13 +108,14 @@ def rows_of(name: str, rounds: Sequence[Job], batch_sizes: Sequence[int], limits
         first, whole = ([x for part in parts for x in part[key]] for key in ("first_ms", "total_ms"))
         new, prompt = rounds[0]["new_tokens"], parts[0]["prompt_tokens"]
         each = (statistics.fmean(whole) - statistics.fmean(first)) / (new - 1)
-        bandwidth = rounds[0]["weight_bytes"] / (each / 1000)
+        bandwidth = rounds[0]["weight_bytes"] / rounds[0].get("devices", 1) / (each / 1000)
         rate = 2 * rounds[0]["multiplied_weights"] * prompt * size / (statistics.fmean(first) / 1000)
         rows.append({
             "strategy": name, "batch_size": size, "status": "ok", "error": None, "text": parts[0]["text"],
             "latency_ms": summary(whole), "first_token_ms": statistics.fmean(first), "per_token_ms": each,
             "tokens_per_second": 1000 * size * new / statistics.fmean(whole), "prompt_tokens": prompt,
             "peak_memory_bytes": max(job["peak_memory_bytes"] for job in rounds),
+            "rank_memory_bytes": rounds[0].get("rank_memory_bytes"),
             "load_seconds": statistics.fmean(job["load_seconds"] for job in rounds),
             "of_bandwidth": bandwidth / limits["read_bytes_per_second"],
             "of_matrix_rate": rate / limits["operations_per_second"],
@@ -129,36 +128,11 @@ def table(found: dict[str, Any]) -> Any:
     from rich import box
     from rich.table import Table
 
-    from burnish.bench.report_plots import number, size
-
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    heads = (
-        "strategy",
-        "batch",
-        "ms",
-        "P50",
-        "P95",
-        "first",
-        "a token",
-        "tok/s",
-        "memory",
-        "load s",
-        "of read",
-        "of products",
-    )
-    for head in heads:
-        out.add_column(head, justify="left" if head == "strategy" else "right", no_wrap=True)
+    for column in COLUMNS:
+        out.add_column(column, justify="left" if column == COLUMNS[0] else "right", no_wrap=True)
     for row in found["rows"]:
-        if row["status"] != "ok":
-            out.add_row(row["strategy"], str(row["batch_size"]), f"{row['status']}: {row['error']}")
-            continue
-        time = row["latency_ms"]
-        out.add_row(
-            row["strategy"], str(row["batch_size"]), f"{number(time['mean'])} ± {number(time['std'], 1)}",
-            number(time["p50"]), number(time["p95"]), number(row["first_token_ms"]), number(row["per_token_ms"]),
-            number(row["tokens_per_second"]), size(row["peak_memory_bytes"]), number(row["load_seconds"], 2),
-            f"{row['of_bandwidth']:.0%}", f"{row['of_matrix_rate']:.0%}",
-        )  # fmt: skip
+        out.add_row(*cells(row))
     return out
 
 
@@ -170,6 +144,7 @@ def run(config: BenchConfig) -> int:
     if config.output_dir is not None:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         write_json(found, config.output_dir / "bench.json")
+        (config.output_dir / "report.html").write_text(page(found, config.model), encoding="utf-8")
     if config.json:
         print(json.dumps(found))
         return 0

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,31 +22,86 @@ from burnish.engine.generate import Prompt, stream
 from burnish.model.bundle import Model
 from burnish.model.example import IGNORE, Example
 from burnish.native import products
+from burnish.place.choice import placed, ranks_of
 from burnish.store.checkpoint import load
+from burnish.store.hub import resolve
 
 READ = 1 << 30  # bytes read to measure the bandwidth
 SIDE = 2048  # of the matrices multiplied to measure the rate
+ROOM = 96 << 20  # bytes for what an offloaded model works with
 
 
 def requests(job: Result) -> dict[str, Any]:
-    """Load the model by a strategy's chain and time its requests at every batch size."""
+    """Load the model as a strategy runs it and time its requests at every batch size; over ranks in a process each."""
+    if job["ranks"] > 1 and "RANK" not in os.environ:
+        return over_ranks(job)
     device.return_freed_memory()
     device.reset_peak_memory()
     before = device.resident_memory()
     began = time.perf_counter()
-    where = device.pick_device()
-    model = load(job["model"], device.parse_dtype(job["dtype"] or None), where, techniques=job["techniques"])
-    chain.apply(model, job["techniques"])
-    loaded = time.perf_counter() - began
-    result: dict[str, Any] = {"load_seconds": loaded, "new_tokens": job["new_tokens"], **weights(model)}
-    result["batches"] = [batch(model, job, size) for size in job["batch_sizes"]]
+    place = job["place"] if job["place"] != "offload" else None
+    with ranks_of(place) as ranks:
+        where, kind = ranks.device, device.parse_dtype(job["dtype"] or None)
+        limit = None
+        if job["place"] == "offload":
+            limit = job["offload_limit"] or half_beside(job["model"], where)
+        model = load(
+            job["model"], kind, where, techniques=job["techniques"], unread=place is not None, memory_limit=limit
+        )
+        placed(chain.apply(model, job["techniques"]), place, ranks)
+        loaded = time.perf_counter() - began
+        result: dict[str, Any] = {"load_seconds": loaded, "new_tokens": job["new_tokens"], **weights(model)}
+        result["batches"] = [batch(model, job, size) for size in job["batch_sizes"]]
     return result | {"peak_memory_bytes": device.peak_memory(where) - (before if where.type == "cpu" else 0)}
+
+
+def half_beside(model: str, where: torch.device) -> int:
+    """Bytes that leave room for half of a model, and for a little to work with."""
+    stored = sum(path.stat().st_size for path in resolve(model).glob("*.safetensors"))
+    base = torch.cuda.memory_allocated(where) if where.type == "cuda" else device.resident_memory()
+    return base + stored // 2 + ROOM
+
+
+def over_ranks(job: Result) -> dict[str, Any]:
+    """The job in `ranks` processes: the first one's times, and the memory and weights of all. Raises RuntimeError with
+    the last line of a rank that failed."""
+    count = job["ranks"]
+    with tempfile.TemporaryDirectory() as scratch, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        given = Path(scratch) / "job.json"
+        given.write_text(json.dumps({**job, "threads": max(1, job["threads"] // count)}))
+        started = []
+        for rank in range(count):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
+            environment = {**os.environ, **{name: str(x) for name, x in place.items()}, "MASTER_PORT": str(port)}
+            command = [sys.executable, "-m", "burnish.bench.job", str(given), str(Path(scratch) / f"{rank}.json")]
+            with open(Path(scratch) / f"{rank}.log", "wb") as log:
+                started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        try:
+            codes = [process.wait() for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        for rank, code in enumerate(codes):
+            if code:
+                said = (Path(scratch) / f"{rank}.log").read_text(errors="replace").strip().splitlines()
+                raise RuntimeError(said[-1] if said else f"rank {rank} ended with status {code}")
+        found = [json.loads((Path(scratch) / f"{rank}.json").read_text()) for rank in range(count)]
+    failed = next((one for one in found if one.get("status", "ok") != "ok"), None)
+    if failed:
+        raise RuntimeError(failed["error"])
+    memory = [one["peak_memory_bytes"] for one in found]
+    summed = {name: sum(one[name] for one in found) for name in ("weight_bytes", "multiplied_weights")}
+    devices = count if torch.cuda.is_available() else 1
+    return {**found[0], **summed, "peak_memory_bytes": max(memory), "rank_memory_bytes": memory, "devices": devices}
 
 
 def batch(model: Model, job: Result, size: int) -> dict[str, Any]:
     """Times of requests of `size` equal prompts, in milliseconds, and what the first of them was answered."""
     count = job["new_tokens"]
-    settings = GenerationConfig(max_new_tokens=count, min_new_tokens=count, batch_size=size)
+    settings = GenerationConfig(max_new_tokens=count, min_new_tokens=count, batch_size=size, fused=job["fused"])
     prompt: Prompt = job["prompt"]
     if job["prompt_tokens"]:
         generator = torch.Generator().manual_seed(0)
@@ -63,14 +125,18 @@ def weights(model: Model) -> dict[str, int]:
     """The bytes of weights that one token of decoding reads, and how many weights a token is multiplied with: all but
     an embedding that is not the head's too."""
     table = model.net.embed_tokens.weight
-    sizes = {p.data_ptr(): p.numel() * p.element_size() for p in model.net.parameters()}
-    heads = {p.data_ptr() for module in model.net.head_modules() for p in module.parameters()}
-    apart = table.data_ptr() not in heads
-    bare = sizes[table.data_ptr()] * apart
+    sizes = {of(p): p.nbytes for p in model.net.parameters()}
+    heads = {of(p) for module in model.net.head_modules() for p in module.parameters()}
+    apart = of(table) not in heads
     return {
-        "weight_bytes": sum(sizes.values()) - bare,
+        "weight_bytes": sum(sizes.values()) - sizes.get(of(table), 0) * apart,
         "multiplied_weights": model.parameter_count() - table.numel() * apart,
     }
+
+
+def of(parameter: torch.Tensor) -> int:
+    """What tells a storage from others; an offloaded one has none."""
+    return parameter.data_ptr() or id(parameter)
 
 
 def limits(job: Result) -> dict[str, Any]:

@@ -8,22 +8,27 @@ import pytest
 import tiny
 
 from burnish import cli
-from burnish.bench import strategies
 from burnish.bench.strategies import BenchConfig, bench, rows_of
+from burnish.bench.strategies_page import page
 from burnish.bench.strategy_job import weights
 from burnish.config import UserError
 from burnish.store.checkpoint import load
+
+LIMITS = {"read_bytes_per_second": 1e10, "operations_per_second": 1e12, "dtype": "float32"}
 
 
 def test_every_strategy_is_timed_and_shows_its_text(root, tmp_path, capsys):
     folder = str(tiny.folder(root, "llama"))
     words = ["bench", folder, "--runs", "3", "--warmups", "0", "--max-new-tokens", "4", "--prompt", "the cat sees"]
+    words += ["--strategies", "plain,int8,nf4+fused"]
     assert cli.main([*words, "--batch-sizes", "1,3", "--output-dir", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "bench.json").read_text())
     assert [(row["strategy"], row["batch_size"]) for row in found["rows"]] == [
-        (name, size) for name in ("plain", "int8", "nf4") for size in (1, 3)
+        (name, size) for name in ("plain", "int8", "nf4+fused") for size in (1, 3)
     ]
+    html = (tmp_path / "report.html").read_text()
+    assert all(row["strategy"] in html for row in found["rows"]) and "decodes fastest" in html
     for row in found["rows"]:
         time = row["latency_ms"]
         assert row["status"] == "ok" and isinstance(row["text"], str) and row["prompt_tokens"] == 3
@@ -46,18 +51,34 @@ def test_what_decoding_reads_is_all_but_an_embedding_of_its_own(root, family):
     }  # fmt: skip
 
 
-def test_a_strategy_that_fails_is_its_own_loss(root, monkeypatch):
-    monkeypatch.setitem(strategies.STRATEGIES, "broken", ["nf4", "magnitude"])
-    config = BenchConfig(str(tiny.folder(root, "llama")), ["broken", "plain"], runs=1, warmups=0, max_new_tokens=2)
+def test_every_place_answers_as_the_model_does(tmp_path):
+    """Float32, so that no rounding tells them apart; every rank's memory is reported."""
+    wide = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 2}
+    folder = tiny.write(tmp_path / "wide", tiny.reference("llama", **wide))
+    names = ["plain", "fused", "layer_parallel", "tensor_parallel+fused", "offload"]
+    config = BenchConfig(str(folder), names, prompt="the cat sees", runs=2, warmups=0, max_new_tokens=5)
+    rows = bench(config)["rows"]
+    assert [(row["strategy"], row["error"]) for row in rows] == [(name, None) for name in names]
+    assert len({row["text"] for row in rows}) == 1
+    ranks = {row["strategy"]: row["rank_memory_bytes"] for row in rows}
+    assert all((ranks[name] is not None) == ("parallel" in name) for name in names)
+    assert len(ranks["layer_parallel"]) == 2
+    assert all(0 < row["of_bandwidth"] < 1 and row["per_token_ms"] > 0 for row in rows)
+
+
+def test_a_strategy_that_fails_is_its_own_loss(tmp_path):
+    folder = tiny.write(tmp_path / "odd", tiny.reference("llama", num_attention_heads=1, num_key_value_heads=1))
+    config = BenchConfig(str(folder), ["tensor_parallel", "plain"], runs=1, warmups=0, max_new_tokens=2)
     broken, plain = bench(config)["rows"]
-    assert broken["status"] == "failed" and "prune before quantising" in broken["error"] and plain["status"] == "ok"
+    assert broken["status"] == "failed" and "attention heads" in broken["error"] and plain["status"] == "ok"
+    assert "attention heads" in page({"rows": [broken], "limits": LIMITS, "environment": {"cpu": "x", "gpus": []}}, "m")
 
 
 def test_the_limits_fractions_follow_from_the_times():
     part = {"first_ms": [100.0, 100.0], "total_ms": [300.0, 500.0], "text": "x", "prompt_tokens": 10}
     job = {"status": "ok", "new_tokens": 4, "weight_bytes": 5e8, "multiplied_weights": 1e9, "batches": [part]}
     job |= {"peak_memory_bytes": 7, "load_seconds": 1.0}
-    (row,) = rows_of("plain", [job, job], [2], {"read_bytes_per_second": 1e10, "operations_per_second": 1e12})
+    (row,) = rows_of("plain", [job, job], [2], LIMITS)
     assert row["per_token_ms"] == pytest.approx(100.0) and row["latency_ms"]["p95"] == 500.0
     assert row["of_bandwidth"] == pytest.approx(0.5)  # 0.5 GB in 0.1 s of 10 GB/s
     assert row["of_matrix_rate"] == pytest.approx(0.4)  # 2 * 1e9 * 20 in 0.1 s of 1e12
@@ -65,6 +86,10 @@ def test_the_limits_fractions_follow_from_the_times():
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"strategies": ["int9"]}, "'int9' is unknown .did you mean 'int8'"),
+    ({"strategies": ["int8+nf4"]}, "exclude each other"),
+    ({"strategies": ["offload+fused"]}, "offload runs a checkpoint as it is stored"),
+    ({"strategies": ["layer_parallel+fused"]}, "leave one away"),
+    ({"ranks": 1}, "ranks: must be at least 2"),
     ({"runs": 0}, "runs: must be at least 1"),
     ({"max_new_tokens": 1}, "max_new_tokens: must be at least 2"),
     ({"model": "no/such-folder/here"}, "no such folder"),
