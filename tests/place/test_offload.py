@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import random
+import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -20,6 +24,7 @@ from burnish.engine.train import train
 from burnish.model.example import Example
 from burnish.place import offload
 from burnish.place.offload import Offload
+from burnish.place.reading import Reader
 from burnish.place.units import buffer_size, choose
 from burnish.store.checkpoint import load, save
 from burnish.store.mixed import load_adapters
@@ -140,10 +145,9 @@ def test_what_stays_follows_the_request(root, monkeypatch):
     monkeypatch.setattr(offload, "SLACK", 0)
     monkeypatch.setattr(offload.machine, "resident_memory", lambda: 0)
     source = folder(root, "llama")
-    free = mover(load(source, memory_limit=PLENTY))
+    free, plain = mover(load(source, memory_limit=PLENTY)), load(source)
     sizes = [unit.nbytes for unit in free.units]
-    limit = offload.BUFFERS + free.activations(1, 3, 8) + sum(sizes)
-    model, plain = load(source, memory_limit=limit), load(source)
+    model = load(source, memory_limit=offload.BUFFERS + free.activations(plain.net, 1, 3, 8) + sum(sizes))
     monkeypatch.setattr(offload.machine, "resident_memory", lambda: held(model))
     kept = []
     for size in (3, 7, 13, 3):
@@ -184,6 +188,17 @@ def test_as_much_stays_as_fits(seed):
         assert max(fitting) - max(sizes) <= kept <= max(fitting)
 
 
+def test_the_memory_goes_with_the_model(root, nothing_stays):
+    """By counting references, without waiting for the collector of cycles."""
+    model = load(folder(root, "llama"), memory_limit=PLENTY)
+    answers(model)
+    gone = weakref.ref(mover(model))
+    gc.disable()
+    del model
+    gc.enable()
+    assert gone() is None
+
+
 def test_it_only_runs(root, tmp_path):
     model = load(save(lora(load(folder(root, "llama"))), tmp_path / "lora"), memory_limit=PLENTY)
     for work in (
@@ -206,6 +221,11 @@ def test_a_file_that_shrinks_is_told(root, nothing_stays, tmp_path):
     file.write_bytes(whole[:40_000])
     with pytest.raises(UserError, match="ends inside a tensor"):
         answers(model)
+    file.write_bytes(whole)
+    same(model, load(source))
+    file.write_bytes(whole[:2_000])
+    with pytest.raises(UserError, match="ends inside a tensor"), torch.inference_mode():
+        model.net.embed(IDS)
     file.write_bytes(whole)
     same(model, load(source))
 
@@ -260,11 +280,17 @@ def test_the_way_of_a_gpu_by_the_hosts_memory(root, monkeypatch, nothing_stays):
     moved.side = Side()
     same(model, plain)
     assert len(waited) == 3 * len(moved.units) and set(waited) == {"copied"}
+    read = Reader.read
     monkeypatch.setattr(Reader, "read", None)  # nothing is read again
+    for stays in (set(), {1}):
+        moved.drop()
+        moved.divide(stays)
+        same(model, plain)
+    assert [unit.host is None for unit in moved.units] == [False, True, False, False, False]
+    monkeypatch.setattr(Reader, "read", read)  # but for what the host's memory no longer has
+    moved.drop()
+    moved.divide({2})
     same(model, plain)
-    monkeypatch.setattr(offload, "choose", lambda sizes, free: {1})
-    same(model, plain)
-    assert [unit.host is None for unit in moved.units] == [False] * 5  # divided once, for this request
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
