@@ -107,8 +107,8 @@ class Offload:
             base = torch.cuda.memory_allocated(self.device) - own
         else:
             machine.return_freed_memory()
-            converted = 2 * max(unit.converted for unit in self.units)
-            base = machine.resident_memory() - own + BUFFERS + converted
+            stored = buffer_size([unit.converted for unit in self.units])  # what is converted lies there in both forms
+            base = machine.resident_memory() - own + BUFFERS + stored
         free = self.limit - base - needed - SLACK
         sizes = [unit.nbytes for unit in self.units]
         stays = choose(sizes, free)
