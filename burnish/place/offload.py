@@ -42,13 +42,13 @@ class Offload:
     """
 
     def __init__(self, net: Network, plan: Plan, limit: int, device: torch.device, trained: bool):
-        self.net, self.limit, self.device = net, limit, device
-        self.units = units(net, plan, trained)
+        self.limit, self.device = limit, device
+        modules = units(net, plan, trained)  # not kept, so that a network and its memory go with their last user
+        self.units = list(modules.values())
         if not self.units:
             raise UserError("memory_limit: this model has no layers that could be read as they run; leave it away")
         net.fixed = net.runs_only = RUNS_ONLY
-        heads = set(net.head_modules())
-        self.heads = {unit for unit in self.units if unit.module in heads}
+        self.heads = {modules[module] for module in net.head_modules() if module in modules}
         self.after = dict(zip(self.units, [*self.units[1:], *self.units[:1]], strict=True))
         self.last = self.newest = self.units[-1]  # that ran, and that was sent for
         self.running: Unit | None = None
@@ -62,14 +62,14 @@ class Offload:
         if table in plan:
             Rows(net.embed_tokens, plan[table][0], plan[table][2], device)
         machine.return_large_blocks()
-        self.fitting(self.activations(1, 1, 0))
+        self.fitting(self.activations(net, 1, 1, 0))
         self.reader = Reader()
         net.register_forward_pre_hook(self.prepare, with_kwargs=True)
-        for unit in self.units:
-            unit.module.register_forward_pre_hook(lambda *_, unit=unit: self.bring(unit))
-            unit.module.register_forward_hook(lambda *_, unit=unit: self.release(unit))
+        for module, unit in modules.items():
+            module.register_forward_pre_hook(lambda *_, unit=unit: self.bring(unit))
+            module.register_forward_hook(lambda *_, unit=unit: self.release(unit))
 
-    def prepare(self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def prepare(self, net: Network, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the network runs: divide the memory anew if this needs more than there is room for."""
         if torch.is_grad_enabled():
             raise UserError(f"{RUNS_ONLY}, or run it in torch.inference_mode()")
@@ -80,15 +80,15 @@ class Offload:
             filled = sum(x.nbytes for part in (cache.keys, cache.values) for x in part.values())
             filled = filled * cache.length // cache.capacity
         capacity = 0 if cache is None else cache.capacity
-        needed = self.activations(max(s[0] for s in shapes), max(s.numel() for s in shapes), capacity)
+        needed = self.activations(net, max(s[0] for s in shapes), max(s.numel() for s in shapes), capacity)
         if needed > self.needed:
             self.drop()
             self.divide(self.fitting(needed - filled))
             self.needed = needed
 
-    def activations(self, rows: int, tokens: int, capacity: int) -> int:
+    def activations(self, net: Network, rows: int, tokens: int, capacity: int) -> int:
         """Bytes that a forward of so many tokens takes beside the weights, with a cache for `capacity` in each row."""
-        spec, size = self.net.spec, self.net.dtype.itemsize
+        spec, size = net.spec, net.dtype.itemsize
         heads = (spec.num_kv_heads or spec.num_heads) * spec.head_dim
         slots = rows * capacity + (tokens if spec.paired and capacity else 0)  # the source's keys and values stay too
         cache = 2 * (spec.decoder_layers or spec.num_layers) * heads * slots * size
@@ -96,7 +96,7 @@ class Offload:
         length = tokens // rows
         masks = tokens * max(capacity, length) * size if length > 1 else 0
         logits = 16 * rows * spec.vocab_size  # four copies in float32
-        few = products.MOST_DENSE_TOKENS  # above them 16-bit and quantised matrices are expanded
+        few = products.MOST_DENSE_TOKENS * (products.library() is not None)  # above, matrices are expanded to float32
         expanded = [unit.expanded for unit in self.units if (rows if unit in self.heads else tokens) > few]
         copies = 2 if rows > 1 else 1  # where rows end, or beams change places
         return copies * cache + tokens * width * size + masks + logits + max(expanded, default=0)
@@ -108,8 +108,8 @@ class Offload:
             base = torch.cuda.memory_allocated(self.device) - own
         else:
             machine.return_freed_memory()
-            converted = 2 * max(unit.converted for unit in self.units)
-            base = machine.resident_memory() - own + BUFFERS + converted
+            stored = buffer_size([unit.converted for unit in self.units])  # what is converted lies there in both forms
+            base = machine.resident_memory() - own + BUFFERS + stored
         free = self.limit - base - needed - SLACK
         sizes = [unit.nbytes for unit in self.units]
         stays = choose(sizes, free)
@@ -247,7 +247,9 @@ class Rows:
         size = width * rows.element_size()
         view = memoryview(rows.view(torch.uint8).view(-1).numpy())  # type: ignore[arg-type]
         for place, token in enumerate(ids.tolist()):
-            os.preadv(self.file, [view[place * size : (place + 1) * size]], self.entry.start + token * size)
+            row = view[place * size : (place + 1) * size]
+            if os.preadv(self.file, [row], self.entry.start + token * size) < size:
+                raise UserError(f"{self.entry.path}: the file ends inside a tensor; copy or download it again")
         module._parameters["weight"] = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
         return (places, *args[1:])
 

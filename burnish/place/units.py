@@ -60,10 +60,9 @@ class Part:
 
 @dataclass(eq=False)
 class Unit:
-    """The parameters below `module`. `memory` is theirs when they are there or on their way, which `job` tells;
-    `host` is what a GPU's are copied from, by the event `copied`."""
+    """The parameters below a module. `memory` is theirs when they are there or on their way, which `job` tells; `host`
+    is what a GPU's are copied from, by the event `copied`."""
 
-    module: nn.Module
     parts: list[Part]
     stays: bool = False
     there: bool = False
@@ -104,17 +103,17 @@ class Unit:
         self.there = self.memory is not None
 
 
-def units(net: Network, plan: Plan, trained: bool) -> list[Unit]:
-    """The parameters of `plan`, in the order in which the network's modules run."""
+def units(net: Network, plan: Plan, trained: bool) -> dict[nn.Module, Unit]:
+    """The parameters of `plan` by the modules that need them, in the order in which those run."""
     names = {id(parameter): name for name, parameter in net.named_parameters()}
-    found = []
+    found = {}
     for root in roots(net):
         parts: list[Part] = []
         for owner, leaf, parameter in matrices(root, trained):
             if names[id(parameter)] in plan:
                 parts.append(Part(owner, leaf, *plan[names[id(parameter)]], padded(parts[-1].end if parts else 0)))
         if parts:
-            found.append(Unit(root, parts))
+            found[root] = Unit(parts)
     return found
 
 

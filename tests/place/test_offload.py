@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import random
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -143,10 +145,9 @@ def test_what_stays_follows_the_request(root, monkeypatch):
     monkeypatch.setattr(offload, "SLACK", 0)
     monkeypatch.setattr(offload.machine, "resident_memory", lambda: 0)
     source = folder(root, "llama")
-    free = mover(load(source, memory_limit=PLENTY))
+    free, plain = mover(load(source, memory_limit=PLENTY)), load(source)
     sizes = [unit.nbytes for unit in free.units]
-    limit = offload.BUFFERS + free.activations(1, 3, 8) + sum(sizes)
-    model, plain = load(source, memory_limit=limit), load(source)
+    model = load(source, memory_limit=offload.BUFFERS + free.activations(plain.net, 1, 3, 8) + sum(sizes))
     monkeypatch.setattr(offload.machine, "resident_memory", lambda: held(model))
     kept = []
     for size in (3, 7, 13, 3):
@@ -185,6 +186,17 @@ def test_as_much_stays_as_fits(seed):
         kept = sum(sizes[index] for index in found)
         assert kept + buffer_size([x for index, x in enumerate(sizes) if index not in found]) <= free
         assert max(fitting) - max(sizes) <= kept <= max(fitting)
+
+
+def test_the_memory_goes_with_the_model(root, nothing_stays):
+    """By counting references, without waiting for the collector of cycles."""
+    model = load(folder(root, "llama"), memory_limit=PLENTY)
+    answers(model)
+    gone = weakref.ref(mover(model))
+    gc.disable()
+    del model
+    gc.enable()
+    assert gone() is None
 
 
 def test_it_only_runs(root, tmp_path):

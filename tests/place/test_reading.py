@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 
 import pytest
 import torch
 
 from burnish.config import UserError
-from burnish.place import reading
-from burnish.place.reading import BLOCK, PIECE, File, Reader, cut
+from burnish.place.reading import BLOCK, PIECE, THREADS, File, Reader, cut
 from burnish.store.tensors import Entry
 
 
@@ -104,15 +104,12 @@ def test_what_goes_wrong_is_told_where_it_is_waited_for(file, tmp_path):
             read([wrong])
 
 
-def test_threads_end_with_their_reader(file):
-    import threading
-    import time
-
-    before = threading.active_count()
+def test_threads_end_with_their_reader():
+    before = set(threading.enumerate())
     reader = Reader()
-    assert threading.active_count() == before + reading.THREADS
+    own = set(threading.enumerate()) - before
+    assert len(own) == THREADS
     del reader
-    limit = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < limit:
-        time.sleep(0.01)
-    assert threading.active_count() <= before
+    for thread in own:
+        thread.join(5)
+    assert not own & set(threading.enumerate())

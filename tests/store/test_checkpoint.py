@@ -21,7 +21,6 @@ import burnish
 from burnish import chain
 from burnish.chain import forward
 from burnish.config import UserError
-from burnish.model.linear import Linear, Unread
 from burnish.store import tensors
 from burnish.store.checkpoint import load, save
 from burnish.store.tensors import read_header
@@ -381,16 +380,6 @@ def test_weights_that_are_read_when_it_is_their_turn_are_the_same(root, family, 
         late.net.named_parameters(), early.net.named_parameters(), strict=True
     ):
         assert name == other and torch.equal(parameter, expected), name
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
-def test_unread_leaves_every_projection_of_the_layers_in_its_file(root, family):
-    late, early = load(tiny.folder(root, family), unread=True), load(tiny.folder(root, family))
-    weights = {path: part.weight for path, part in early.net.named_modules() if isinstance(part, Linear)}
-    for path, part in late.net.named_modules():
-        if isinstance(part, Linear):
-            assert isinstance(part.weight, Unread) == path.startswith(late.net.body), path
-            assert torch.equal(part.weight.dequantize(), weights[path].dequantize()), path
 
 
 def test_a_fine_tuned_folder_is_a_base_of_its_own(llama, tmp_path):
