@@ -84,10 +84,10 @@ def over_ranks(job: Result) -> dict[str, Any]:
         finally:
             for process in started:
                 process.kill()
-        for rank, code in enumerate(codes):
-            if code:
-                said = (Path(scratch) / f"{rank}.log").read_text(errors="replace").strip().splitlines()
-                raise RuntimeError(said[-1] if said else f"rank {rank} ended with status {code}")
+        if any(codes):
+            said = [(Path(scratch) / f"{rank}.log").read_text(errors="replace").split("\n") for rank in range(count)]
+            lines = [line for words in said for line in words if line.strip()]
+            raise RuntimeError(lines[-1] if lines else f"the ranks ended with status {codes}")
         found = [json.loads((Path(scratch) / f"{rank}.json").read_text()) for rank in range(count)]
     failed = next((one for one in found if one.get("status", "ok") != "ok"), None)
     if failed:
