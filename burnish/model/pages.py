@@ -30,16 +30,16 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Pages:
-    """Keys and values of `count` pages: slot s holds a token's, page s // block_size its page's.
+    """Keys and values of `count` pages; slot s, a token's, is in page s // block_size.
 
-    `stored` are (keys and values, layers, kv_heads, slots, head_dim), in `dtype` or as int8 with `scales`
+    `stored` is (2, layers, kv_heads, slots, head_dim), keys before values, in `dtype` or as int8 with `scales`
     (2, layers, kv_heads, slots, 1).
     """
 
     def __init__(
         self, spec: Spec, count: int, block_size: int, dtype: torch.dtype, device: torch.device, int8: bool = False
     ):
-        self.count, self.block_size, self.dtype = count, block_size, dtype
+        self.block_size, self.dtype = block_size, dtype
         shape = (2, spec.num_layers, spec.num_kv_heads, count * block_size)
         self.stored = torch.empty(*shape, spec.head_dim, dtype=torch.int8 if int8 else dtype, device=device)
         self.scales = torch.empty(*shape, 1, dtype=torch.float32, device=device) if int8 else None
@@ -97,7 +97,7 @@ class View(KVCache):
         padded = torch.tensor([[*table[:width], *[0] * (width - len(table))] for table in tables])
         slots = padded.gather(1, positions // size) * size + positions % size
         self.valid, self.positions, self.slots = (places >= 0).to(device), positions.to(device), slots.to(device)
-        self.prefix, self.prefixes = max(prefixes), torch.tensor(prefixes, device=device)
+        self.prefixes = torch.tensor(prefixes, device=device)
 
     def of_prefix(self) -> Tensor:
         return self.positions < self.prefixes[:, None]

@@ -25,7 +25,7 @@ from burnish.model.pages import Pages, Step, View, quantize
 from burnish.native import paged
 from burnish.store.checkpoint import save
 
-SOAK = int(os.environ.get("BURNISH_SOAK", "200"))  # random requests; 2000 take a minute
+SOAK = int(os.environ.get("BURNISH_SOAK", "200"))  # random requests; 2000 take a minute or two
 
 
 class Watched(Batcher):
