@@ -7,8 +7,8 @@ bits; llama.cpp reads files of the same shapes and of its own types, made from o
 process of its own; the order of the runs is turned round from round to round. Decoding counts single tokens after a
 prompt of 32, by their median; prefill is a prompt of 256 to its first token, by the fastest of three. The limits, the
 bandwidth of reading memory and the rate of matrix products of 2048 in the faster of float32 and bfloat16, are measured
-before every run, and the best of each is taken. transformers runs its compiled static cache too, its documented way to
-decode fast.
+before every run, and the best of each is taken. transformers runs in float32 too, which suits processors without
+instructions for bfloat16.
 --llama-python is an interpreter with llama-cpp-python and gguf; without it llama.cpp is left away.
 """
 
@@ -35,7 +35,7 @@ RUNS = {
     "burnish int8": ("burnish", "int8"),
     "burnish nf4": ("burnish", "nf4"),
     "transformers bf16": ("transformers", ""),
-    "transformers bf16, compiled static cache": ("transformers", "static"),
+    "transformers float32": ("transformers", "float32"),
     "llama.cpp BF16": ("llama", "BF16"),
     "llama.cpp Q8_0": ("llama", "Q8_0"),
     "llama.cpp Q4_0": ("llama", "Q4_0"),
@@ -126,12 +126,13 @@ def run_burnish(folder: Path, technique: str, count: int) -> dict[str, Any]:
     return found | {"bytes": sum(read.values())}
 
 
-def run_transformers(folder: Path, cache: str, count: int) -> dict[str, Any]:
+def run_transformers(folder: Path, kind: str, count: int) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16).eval()
-    settings = {"do_sample": False, "pad_token_id": 0, **({"cache_implementation": "static"} if cache else {})}
+    dtype = torch.float32 if kind else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype).eval()
+    settings = {"do_sample": False, "pad_token_id": 0}
 
     class Marks:
         def __init__(self) -> None:
@@ -147,8 +148,6 @@ def run_transformers(folder: Path, cache: str, count: int) -> dict[str, Any]:
         given = torch.tensor([prompt])
         model.generate(given, max_new_tokens=length, min_new_tokens=length, streamer=marks, **settings)
 
-    if cache:
-        reply(ids(PROMPT), 4)  # compiles
     found = timed(lambda prompt: reply(prompt, 1), lambda prompt: iter(()))
     marks = Marks()
     reply(ids(PROMPT), count, marks)  # the prompt is put first

@@ -69,3 +69,16 @@ def test_compare(request, root, tmp_path, monkeypatch, name):
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert [(row["name"], row["task"], row["error"]) for row in rows if row["status"] != "ok"] == []
     assert len(rows) == len(recipe["rows"]) * len(recipe["tasks"])
+
+
+@pytest.mark.parametrize("name", BY_VERB["bench"])
+def test_bench(tmp_path, name):
+    """Every strategy of the recipe, on a small model of its family."""
+    recipe = load_yaml(f"recipes/{name}")
+    folder = tiny.write(tmp_path / "model", tiny.reference("bloom", hidden_size=128, n_head=4))
+    recipe |= {"model": str(folder), "runs": 1, "warmups": 0, "max_new_tokens": 2, "prompt_tokens": 4}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert main(["bench", str(path), "--output-dir", str(tmp_path / "out")]) == 0
+    rows = json.loads((tmp_path / "out" / "bench.json").read_text())["rows"]
+    assert [(row["strategy"], row["error"]) for row in rows] == [(name, None) for name in recipe["strategies"]]

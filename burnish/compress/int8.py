@@ -72,6 +72,17 @@ class Int8(Weight):
             return products.int8_dequantize(dtype, self.values, self.scale)
         return (self.values * self.scale.float()[:, None]).to(dtype)
 
+    @property
+    def in_pieces(self) -> bool:
+        return True
+
+    def expand(self, first: int, out: Tensor) -> None:
+        rows = slice(first, first + len(out))
+        if products.usable(out.device, out.dtype):
+            products.int8_dequantize(out.dtype, self.values[rows], self.scale[rows], out)
+        else:
+            torch.mul(self.values[rows], self.scale[rows].float()[:, None], out=out)
+
     def as_stored(self) -> tuple[int, products.Stored]:
         return products.INT8, products.as_stored(self.values, (self.scale,), None)
 

@@ -177,6 +177,20 @@ class NF4(Weight):
         wide = blocks(pairs.view(-1)[:count], BLOCK) * self.constants()[:, None]
         return wide.view(-1)[:count].view(self.shape).to(dtype)
 
+    @property
+    def in_pieces(self) -> bool:
+        return self.shape[1] % BLOCK == 0 and products.usable(self.packed.device, torch.float32)
+
+    def expand(self, first: int, out: Tensor) -> None:
+        packed, constants, code = self._stored()
+        width, count = self.shape[1], len(out)
+        start, end = first * width // BLOCK, (first + count) * width // BLOCK  # blocks; 256 rows are whole groups
+        part: tuple[Tensor, ...] = (constants[0][start:end],)
+        if len(constants) > 1:
+            part += constants[1][start // CONSTANT_BLOCK : -(-end // CONSTANT_BLOCK)], *constants[2:]
+        bytes_of = packed[start * BLOCK // 2 : end * BLOCK // 2]
+        products.nf4_dequantize((count, width), out.dtype, bytes_of, part, code, out)
+
     def _stored(self) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """Packed weights, constants and levels, as `native` takes them."""
         found = cast("dict[str, Tensor]", self._parameters)  # a module's attributes take half a microsecond each

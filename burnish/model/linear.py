@@ -10,6 +10,7 @@ torch 2.13 does them otherwise at a quarter of the speed. Of few tokens they are
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,6 +22,8 @@ from burnish.native import products
 
 MULTIPLIES_BFLOAT16 = multiplies_bfloat16()
 ROUNDED_TOKENS = 256  # widened at a time
+PIECE = 1 << 22  # weights expanded at a time
+_scratch = threading.local()
 Spans = Sequence[tuple[int, int]]
 
 
@@ -47,6 +50,29 @@ def rounded_product(
     for part, result in zip(x.split(ROUNDED_TOKENS), out.split(ROUNDED_TOKENS), strict=True):
         wide = part.to(matrix.dtype) @ matrix
         result.copy_(wide if bias is None else wide.add_(bias))
+    return out
+
+
+def by_pieces(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """x (tokens, in) -> x @ W.T + bias in x's dtype, computed in `arithmetic(x)`.
+
+    A few rows of W are expanded at a time, into room that stays: a fresh matrix would cost as long to be given by the
+    system as to be multiplied.
+    """
+    kind, (rows, columns) = arithmetic(x), weight.shape
+    step = min(rows, max(256, PIECE // columns // 256 * 256))
+    room = getattr(_scratch, "room", None)
+    if room is None or room.numel() < step * columns or room.dtype != kind:
+        with torch.inference_mode(False):
+            room = _scratch.room = torch.empty(step * columns, dtype=kind)
+    out = x.new_empty(x.shape[0], rows)
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        matrix = room[: count * columns].view(count, columns)
+        weight.expand(first, matrix)
+        for part, result in zip(x.split(ROUNDED_TOKENS), out.split(ROUNDED_TOKENS), strict=True):
+            wide = part.to(kind) @ matrix.t()
+            result[:, first : first + count] = wide if bias is None else wide.add_(bias[first : first + count])
     return out
 
 
@@ -87,6 +113,15 @@ class Weight(nn.Module):
         """The matrix as (out, in) in `dtype`, for storage that can expand straight to it."""
         return self.dequantize().to(dtype)
 
+    @property
+    def in_pieces(self) -> bool:
+        """Whether `expand` gives some rows for less than all."""
+        return False
+
+    def expand(self, first: int, out: Tensor) -> None:
+        """Write the rows from `first`, a multiple of 256, into out (count, in), on a CPU."""
+        raise NotImplementedError
+
     def shard(self, dim: int, spans: Spans) -> Weight:
         """A copy of the parts [start, end) along `dim` (0 outputs, 1 inputs), one after the other, which multiplies as
         these parts do here. Raises UserError where the storage cannot be cut there."""
@@ -113,6 +148,8 @@ class FrozenMatmul(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
         ctx.has_bias = bias is not None
+        if x.device.type == "cpu" and arithmetic(x) in products.DTYPES and weight.in_pieces:
+            return by_pieces(x, weight, bias)
         if arithmetic(x) == x.dtype:
             return F.linear(x, weight.dequantize_to(x.dtype), None if bias is None else bias.to(x.dtype))
         return rounded_product(x, weight.shape[0], lambda kind: weight.dequantize_to(kind).t(), bias)
@@ -146,6 +183,13 @@ class Dense(Weight):
     def dequantize(self) -> Tensor:
         return self.dense
 
+    @property
+    def in_pieces(self) -> bool:
+        return True
+
+    def expand(self, first: int, out: Tensor) -> None:
+        out.copy_(self.dense[first : first + len(out)])
+
     def as_stored(self) -> tuple[int, products.Stored] | None:
         kind = {torch.bfloat16: products.DENSE, torch.float32: products.FLOATS}.get(self.dense.dtype)
         if kind is None or self.dense.shape[1] % 64 or not self.dense.is_contiguous():
@@ -158,6 +202,8 @@ class Dense(Weight):
 
 class Unread(Dense):
     """A matrix that is still in its file; `dequantize` reads it, where the next one's may overwrite it."""
+
+    in_pieces = False  # type: ignore[assignment]
 
     def __init__(self, dense: Tensor, read: Callable[[], Tensor]):
         super().__init__(nn.Parameter(dense, requires_grad=False))

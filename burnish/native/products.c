@@ -122,6 +122,7 @@ INLINE int64_t stored(enum kind kind, int64_t count) {
 typedef struct {
     const uint8_t *bytes[MOST_HEIGHT], *rests[MOST_HEIGHT];
     const float *scales[MOST_HEIGHT];
+    int64_t first[MOST_HEIGHT]; /* block of each */
 } lines;
 
 INLINE lines lines_of(int height, const matrix *w, const group *g, int64_t r0) {
@@ -130,6 +131,7 @@ INLINE lines lines_of(int height, const matrix *w, const group *g, int64_t r0) {
         const int64_t row = min(r0 + r, g->count - 1);
         found.bytes[r] = w->bytes + (g->first + row * g->apart) * g->row_bytes;
         found.scales[r] = g->scales + row * (g->blocks + 1);
+        found.first[r] = (g->first + row * g->apart) * g->blocks;
         found.rests[r] = g->rests + row * MOST_REST;
     }
     return found;
@@ -208,11 +210,20 @@ INLINE void plain_tile(enum kind kind, int half, int height, int width, const pr
 }
 
 #ifdef WIDE
-/* The constants of two blocks, 8 lanes each. */
-INLINE lanes of_pair(const float *scales) {
+/* Whether the constants are looked up as they are needed, two blocks of one group at a time. */
+INLINE int looked_up(const matrix *w, int64_t blocks) { return w->codes && blocks % 2 == 0; }
+
+/* The constants of two blocks of row r, 8 lanes each. */
+INLINE lanes of_pair(const matrix *w, const group *g, const lines *rows, int r, int64_t block) {
+    if (looked_up(w, g->blocks)) {
+        const int64_t at = rows->first[r] + block;
+        const __m512 low = _mm512_set1_ps(w->map[w->codes[at]]), high = _mm512_set1_ps(w->map[w->codes[at + 1]]);
+        const __m512 scale = _mm512_set1_ps(w->constants[at / 256]), offset = _mm512_set1_ps(*w->offset);
+        return (lanes)_mm512_fmadd_ps(_mm512_mask_blend_ps(0xff00, low, high), scale, offset);
+    }
     const __m512i of_block = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
     double two;
-    memcpy(&two, scales, 8);
+    memcpy(&two, rows->scales[r] + block, 8);
     return (lanes)_mm512_permutexvar_ps(of_block, _mm512_castpd_ps(_mm512_set1_pd(two)));
 }
 
@@ -239,7 +250,7 @@ INLINE void nf4_tile(int height, int width, const product *p, const group *g, in
             EVERY(t, width) sum[r][t] = dot(part, x + t * p->stride + 64 * i, sum[r][t], 0);
         }
         EVERY(r, height) {
-            const lanes scale = of_pair(rows.scales[r] + b);
+            const lanes scale = of_pair(p->w, g, &rows, r, b);
             EVERY(t, width) sums[r][t] = multiply_add(sum[r][t], scale, sums[r][t]);
         }
     }
@@ -278,7 +289,7 @@ INLINE void whole_tile(enum kind kind, int height, int width, const product *p, 
                 FETCH(from + 64);
                 EVERY(i, 4) part[i] = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from + i));
             }
-            const lanes pair = kind == NF4 ? of_pair(rows.scales[r] + 2 * b) : (lanes){0};
+            const lanes pair = kind == NF4 ? of_pair(p->w, g, &rows, r, 2 * b) : (lanes){0};
             EVERY(t, width) {
                 const char *own = x + t * p->stride;
                 __m512i sum = _mm512_setzero_si512(), other = sum;
@@ -330,7 +341,7 @@ INLINE void rows_of(enum kind kind, enum arithmetic how, const product *p, group
     const int64_t rest = g->row_bytes % size, tokens = p->tokens;
     for (int64_t r = 0; r < g->count; r++) {
         const int64_t row = g->first + r * g->apart;
-        if (kind == NF4) {
+        if (kind == NF4 && !(VECTOR == 64 && looked_up(w, g->blocks))) {
             float *scales = g->scales + r * (g->blocks + 1);
             expand_constants(w, row * g->blocks, g->blocks, scales);
             scales[g->blocks] = 0; /* read where a last block has no pair */

@@ -92,19 +92,24 @@ def read_memory(memory: Tensor) -> None:
 
 
 def nf4_dequantize(
-    shape: tuple[int, int], dtype: torch.dtype, packed: Tensor, constants: Sequence[Tensor], levels: Tensor
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    packed: Tensor,
+    constants: Sequence[Tensor],
+    levels: Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The matrix of `shape` in float32 or bfloat16, from tensors as for `nf4_matmul`."""
-    out = torch.empty(shape, dtype=dtype, device="cpu")
+    """The matrix of `shape` in float32 or bfloat16, from tensors as for `nf4_matmul`; in `out` if given."""
+    out = torch.empty(shape, dtype=dtype, device="cpu") if out is None else out
     stored = as_stored(packed, constants, levels)
     half, count = dtype == torch.bfloat16, out.numel()
     ready().nf4_dequantize(*map(_pointer, stored), count, _pointer(out), half, _threads(count))
     return out
 
 
-def int8_dequantize(dtype: torch.dtype, values: Tensor, scale: Tensor) -> Tensor:
-    """values (out, in) int8 times scale (out,) float32, in float32 or bfloat16."""
-    out = torch.empty(values.shape, dtype=dtype, device="cpu")
+def int8_dequantize(dtype: torch.dtype, values: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """values (out, in) int8 times scale (out,) float32, in float32 or bfloat16; in `out` if given."""
+    out = torch.empty(values.shape, dtype=dtype, device="cpu") if out is None else out
     values, scale = values.contiguous(), _wide(scale)
     half, threads = dtype == torch.bfloat16, _threads(out.numel())
     ready().int8_dequantize(_pointer(values), _pointer(scale), *values.shape, _pointer(out), half, threads)
