@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from burnish.chain import Model
+from burnish.config import UserError
 from burnish.engine import sampling
 from burnish.engine.decoding import GenerationConfig
 from burnish.engine.guide import Guide
@@ -32,8 +33,17 @@ class Chooser:
         self.eos = [token for token, reason in ends.items() if reason == "eos"]
 
     def scores(self, logits: Tensor, rows: Sequence[Row], texts: Sequence[list[int]], step: int) -> Tensor:
-        """logits (B, V) in float32 after penalties and bans, for token number `step` of the rows' replies `texts`."""
+        """logits (B, V) in float32 after penalties and bans, for token number `step` of the rows' replies `texts`.
+
+        Raises UserError where the model gives none.
+        """
         config = self.config
+        broken = logits.isnan().any(dim=1).nonzero()
+        if len(broken):
+            raise UserError(
+                f"prompt {rows[int(broken[0])].index + 1}: the model's logits are not numbers (NaN) at token {step + 1} of"
+                " the reply; its weights are broken, or overflow: load it in bf16 or fp32 (--dtype fp32)"
+            )
         if config.repetition_penalty != 1:
             seen = self.counted(logits, [[*row.past, *text] for row, text in zip(rows, texts, strict=True)])
             logits = sampling.repetition_penalty(logits, seen > 0, config.repetition_penalty)

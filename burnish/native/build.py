@@ -1,6 +1,6 @@
 """C files of the package, built by the system's compiler on first use.
 
-Building takes a second or two, once per machine: the library is kept in $XDG_CACHE_HOME/burnish (~/.cache/burnish),
+Building takes some seconds, once per machine: the library is kept in $XDG_CACHE_HOME/burnish (~/.cache/burnish),
 named by its sources, the compiler and the processor.
 """
 

@@ -188,3 +188,12 @@ def test_a_schema_that_makes_no_sense():
         generate(burnish.load("pebble"), ["a"], GenerationConfig(json_schema={"type": "nonsense"}))
     with pytest.raises(UserError, match="choices: does not go with min_new_tokens"):
         GenerationConfig(choices=["a"], min_new_tokens=3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"do_sample": True}, {"prompt_lookup_num_tokens": 2}])
+def test_logits_that_are_no_numbers_are_told_in_a_line(root, settings):
+    model = load(root)
+    with torch.no_grad():
+        model.net.norm.weight[3] = float("nan")
+    with pytest.raises(UserError, match=r"prompt 1: the model's logits are not numbers .*--dtype fp32"):
+        generate(model, ["the cat"], GenerationConfig(max_new_tokens=3, **settings))
