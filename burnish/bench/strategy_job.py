@@ -28,7 +28,7 @@ from burnish.store.hub import resolve
 
 READ = 1 << 30  # bytes read to measure the bandwidth
 SIDE = 2048  # of the matrices multiplied to measure the rate
-ROOM = 96 << 20  # bytes for what an offloaded model works with
+ROOM = 256 << 20  # bytes for an offloaded model's tokenizer and for what it works with
 
 
 def requests(job: Result) -> dict[str, Any]:
