@@ -41,8 +41,8 @@ class Chooser:
         broken = logits.isnan().any(dim=1).nonzero()
         if len(broken):
             raise UserError(
-                f"prompt {rows[int(broken[0])].index + 1}: the model's logits are not numbers (NaN) at token {step + 1} of"
-                " the reply; its weights are broken, or overflow: load it in bf16 or fp32 (--dtype fp32)"
+                f"prompt {rows[int(broken[0])].index + 1}: the model's logits are not numbers (NaN) at token {step + 1}"
+                " of the reply; its weights are broken, or overflow: load it in bf16 or fp32 (--dtype fp32)"
             )
         if config.repetition_penalty != 1:
             seen = self.counted(logits, [[*row.past, *text] for row, text in zip(rows, texts, strict=True)])
