@@ -84,14 +84,13 @@ def over_ranks(job: Result) -> dict[str, Any]:
         finally:
             for process in started:
                 process.kill()
-        if any(codes):
-            said = [(Path(scratch) / f"{rank}.log").read_text(errors="replace").split("\n") for rank in range(count)]
-            lines = [line for words in said for line in words if line.strip()]
-            raise RuntimeError(lines[-1] if lines else f"the ranks ended with status {codes}")
-        found = [json.loads((Path(scratch) / f"{rank}.json").read_text()) for rank in range(count)]
-    failed = next((one for one in found if one.get("status", "ok") != "ok"), None)
-    if failed:
-        raise RuntimeError(failed["error"])
+        results = [Path(scratch) / f"{rank}.json" for rank in range(count)]
+        found = [json.loads(path.read_text()) for path in results if path.exists()]
+        said = [one["error"] for one in found if one["status"] != "ok"]
+        for path in sorted(Path(scratch).glob("*.log")):
+            said += [line for line in path.read_text(errors="replace").split("\n") if any(codes) and line.strip()][-1:]
+    if said or any(codes):
+        raise RuntimeError(said[0] if said else f"the ranks ended with status {codes}")
     memory = [one["peak_memory_bytes"] for one in found]
     summed = {name: sum(one[name] for one in found) for name in ("weight_bytes", "multiplied_weights")}
     devices = count if torch.cuda.is_available() else 1

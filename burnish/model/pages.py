@@ -138,11 +138,11 @@ class Step(KVCache):
     def reserve(self, valid: Tensor | None, positions: Tensor) -> None:
         """Each view has its place already."""
 
-    def parts(self, spec: Spec, dtype: torch.dtype) -> list[Frame]:
-        """A frame for each view, whose queries come rotated."""
+    def parts(self, spec: Spec, dtype: torch.dtype, bias: Tensor | None) -> list[Frame]:
+        """A frame for each view, whose queries come rotated; `bias` as `visibility` takes it."""
         found = []
         for view in self.views:
             positions = view.positions[:, -view.new :]
-            mask, causal = visibility(spec, positions, None, None, view, None, dtype)
+            mask, causal = visibility(spec, positions, None, None, view, None, dtype, bias)
             found.append(Frame(len(positions), view.new, mask, causal, None, view, None))
         return found

@@ -240,7 +240,7 @@ class Transformer(Network):
         positions = self.positions(batch, length, valid, position_ids, cache, prefix, x.device)
         if cache is not None:
             cache.reserve(valid, positions)
-        parts = cache.parts(self.spec, x.dtype) if isinstance(cache, Step) else ()
+        parts = cache.parts(self.spec, x.dtype, self.bias()) if isinstance(cache, Step) else ()
         mask, causal = None, False
         if not parts:
             mask, causal = visibility(self.spec, positions, valid, segment_ids, cache, prefix, x.dtype, self.bias())
