@@ -130,7 +130,7 @@ def test_each_request_has_its_own_settings(root):
 
 def test_guided_beside_free():
     pytest.importorskip("llguidance")
-    model = burnish.load("pebble")
+    model = burnish.load("pebble", torch.float32)
     prompts = ["Question: What does Odile Kinlow like to eat? Answer:", "Review: dull. Sentiment:"]
     settings = [GenerationConfig(choices=["positive", "negative"]), GenerationConfig(max_new_tokens=12)]
     pool = batcher(model, block_size=16)
