@@ -28,32 +28,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-SHAPE = {
-    "vocab_size": 32000,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-}
+from qlora_memory import SHAPE, write_model
+
 PROMPT = [5, 17, 29, 311, 2048, 7, 19, 23]
 SHARE = 4  # the limit is the base and the model's bytes over this
 RESULT = Path(__file__).parent / "results" / "offload.json"
-
-
-def write_model(folder: Path) -> None:
-    """The model with a one-word tokenizer."""
-    import torch
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a").save_pretrained(folder)
 
 
 def read_bytes() -> int:

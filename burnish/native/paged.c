@@ -5,18 +5,9 @@
  */
 
 #include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
 
-#ifdef _OPENMP
-#include <omp.h>
-#define THREAD omp_get_thread_num()
-#else
-#define THREAD 0
-#endif
+#include "weights.h"
 
-#define INLINE static inline __attribute__((always_inline))
 #define LANES 16
 #define MOST_SIZE 256
 
@@ -26,12 +17,12 @@ typedef int32_t words __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(32), aligned(2), may_alias));
 typedef int8_t bytes __attribute__((vector_size(16), aligned(1), may_alias));
 
-enum kind { FLOAT32, BFLOAT16, INT8 };
-static const big WIDTH[] = {4, 2, 1};
+enum stored_as { FLOAT32, BFLOAT16, CODES };
+static const big BYTES[] = {4, 2, 1};
 
-/* Packed by Python: one word each. q and out (rows, heads, size) are of kind `x`; keys and values (kv_heads,
- * slots, size) of kind `stored`, times scales (kv_heads, slots) where it is INT8. table (rows, length). A row sees what its mask
- * (rows, length) shows, or every slot, its scores plus bias (rows, heads, length), of kind `x`; either may be NULL. */
+/* Packed by Python: one word each. q and out (rows, heads, size) are stored as `x`; keys and values (kv_heads, slots,
+ * size) as `stored`, times scales (kv_heads, slots) where that is CODES. table (rows, length). A row sees what its mask
+ * (rows, length) shows, or every slot, its scores plus bias (rows, heads, length), stored as `x`; either may be NULL. */
 typedef struct {
     big rows, heads, kv_heads, slots, size, length, x, stored;
     const char *q, *keys, *values;
@@ -44,26 +35,13 @@ typedef struct {
     big threads;
 } request;
 
-INLINE float widen(uint16_t half) {
-    const uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-INLINE uint16_t narrow(float value) { /* to the nearest, ties to even */
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
 INLINE float get(big kind, const char *from, big at) {
     return kind == FLOAT32 ? ((const float *)from)[at] : widen(((const uint16_t *)from)[at]);
 }
 
-INLINE vec load(const enum kind kind, const char *from) {
+INLINE vec load(const enum stored_as kind, const char *from) {
     if (kind == FLOAT32) return *(const vec *)from;
-    if (kind == INT8) return __builtin_convertvector(__builtin_convertvector(*(const bytes *)from, words), vec);
+    if (kind == CODES) return __builtin_convertvector(__builtin_convertvector(*(const bytes *)from, words), vec);
     return (vec)(__builtin_convertvector(*(const halves *)from, words) << 16);
 }
 
@@ -93,7 +71,7 @@ INLINE vec exponential(vec x) {
 }
 
 /* One row's queries of one key-value head; `room` holds 2 * group * size + group * padded floats. */
-INLINE void attend(const enum kind kind, const big size, const request *r, big row, big kv, float *room) {
+INLINE void attend(const enum stored_as kind, const big size, const request *r, big row, big kv, float *room) {
     const big n = r->length, group = r->heads / r->kv_heads, padded = (n + LANES - 1) / LANES * LANES;
     const big first = (row * r->heads + kv * group) * size, *slots = r->table + row * n;
     const uint8_t *mask = r->mask ? r->mask + row * n : NULL;
@@ -104,9 +82,9 @@ INLINE void attend(const enum kind kind, const big size, const request *r, big r
     for (big j = 0; j < n; j++) {
         if (mask && !mask[j]) continue;
         const big at = kv * r->slots + slots[j];
-        const float scale = kind == INT8 ? r->key_scales[at] : 1;
+        const float scale = kind == CODES ? r->key_scales[at] : 1;
         vec key[MOST_SIZE / LANES];
-        for (big d = 0; d < size; d += LANES) key[d / LANES] = load(kind, r->keys + (at * size + d) * WIDTH[kind]);
+        for (big d = 0; d < size; d += LANES) key[d / LANES] = load(kind, r->keys + (at * size + d) * BYTES[kind]);
         for (big g = 0; g < group; g++) {
             vec dots = {};
             for (big d = 0; d < size; d += LANES) dots += *(const vec *)(query + g * size + d) * key[d / LANES];
@@ -129,9 +107,9 @@ INLINE void attend(const enum kind kind, const big size, const request *r, big r
     for (big j = 0; j < n; j++) {
         if (mask && !mask[j]) continue;
         const big at = kv * r->slots + slots[j];
-        const float scale = kind == INT8 ? r->value_scales[at] : 1;
+        const float scale = kind == CODES ? r->value_scales[at] : 1;
         vec value[MOST_SIZE / LANES];
-        for (big d = 0; d < size; d += LANES) value[d / LANES] = load(kind, r->values + (at * size + d) * WIDTH[kind]);
+        for (big d = 0; d < size; d += LANES) value[d / LANES] = load(kind, r->values + (at * size + d) * BYTES[kind]);
         for (big g = 0; g < group; g++) {
             const float share = score[g * padded + j] * scale;
             for (big d = 0; d < size; d += LANES) *(vec *)(sum + g * size + d) += share * value[d / LANES];
@@ -153,7 +131,7 @@ INLINE void attend(const enum kind kind, const big size, const request *r, big r
     }
 ATTEND(of_float32, FLOAT32)
 ATTEND(of_bfloat16, BFLOAT16)
-ATTEND(of_int8, INT8)
+ATTEND(of_int8, CODES)
 
 /* Returns 1 where memory is short, else 0. `size` is a multiple of LANES, at most MOST_SIZE. */
 int paged_attention(const request *r) {

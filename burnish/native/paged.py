@@ -25,7 +25,8 @@ REQUEST = struct.Struct("=17qdq")  # of the C function `paged_attention`
 @cache
 def library(extra: tuple[str, ...] = ()) -> ctypes.CDLL | None:
     """The compiled library, built with `extra` flags; None where it cannot be had."""
-    found = build.load([Path(__file__).with_name("paged.c")], extra=extra)
+    folder = Path(__file__).parent
+    found = build.load([folder / "paged.c"], [folder / "weights.h"], extra)
     if found is not None:
         found.paged_attention.argtypes = [ctypes.c_char_p]
     return found

@@ -15,6 +15,7 @@ import torch
 
 from burnish.compress.int8 import Int8
 from burnish.compress.nf4 import NF4
+from burnish.model import linear
 from burnish.model.linear import Dense
 from burnish.native import build, products
 
@@ -254,3 +255,23 @@ def test_two_processes_build_at_once(tmp_path):
     processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait(120) for process in processes] == [0, 0]
     assert [path.suffix for path in (tmp_path / "burnish").iterdir()] == [".so"]
+
+
+@kinds
+@dtypes
+@pytest.mark.parametrize("rows", [256, 600])
+def test_a_matrix_expanded_in_pieces_multiplies_as_a_whole(built, monkeypatch, kind, double, dtype, rows):
+    """Pieces of 256 rows, the last one shorter, for dense weights too."""
+    monkeypatch.setattr(linear, "PIECE", 1)
+    bias = torch.randn(rows)
+    weights = [quantise(kind, double, rows, 192), Dense(torch.randn(rows, 192).to(torch.bfloat16))]
+    for weight in weights:
+        assert weight.in_pieces
+        x = activations(products.MOST_TOKENS + 270, 192, dtype)  # more than are widened at a time
+        with torch.no_grad():
+            assert_product(
+                linear.by_pieces(x, weight, bias),
+                (x.double() @ weight.dequantize().double().t() + bias).to(dtype),
+                x,
+                weight,
+            )
