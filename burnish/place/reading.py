@@ -7,6 +7,7 @@ still in the processor's cache, to any place in memory. Elsewhere the page cache
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -16,7 +17,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from torch import Tensor
@@ -144,13 +145,14 @@ class Job:
 
 
 class Reader:
-    """Threads that read the pieces of jobs in their order; they end with the reader."""
+    """Threads that read the pieces of jobs in their order; they end with the reader, or before the interpreter does."""
 
     def __init__(self) -> None:
         self.tasks: SimpleQueue[tuple[Job, Piece] | None] = SimpleQueue()
-        for _ in range(THREADS):
-            threading.Thread(target=_work, args=(self.tasks,), daemon=True).start()
-            weakref.finalize(self, self.tasks.put, None)
+        threads = [threading.Thread(target=_work, args=(self.tasks,), daemon=True) for _ in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        weakref.finalize(self, _end, self.tasks, threads)
 
     def read(self, pieces: Sequence[Piece], targets: Sequence[Tensor], finish: Callable[[], None]) -> Job:
         """Begin to fill the targets (uint8) by the pieces that `cut` gave for them."""
@@ -158,6 +160,20 @@ class Reader:
         for piece in pieces:
             self.tasks.put((job, piece))
         return job
+
+
+def _end(tasks: SimpleQueue[tuple[Job, Piece] | None], threads: Sequence[threading.Thread]) -> None:
+    """Drop what is still to be read, and wait for the threads: one that ran torch's code while the interpreter ends
+    would end the process by SIGABRT."""
+    with contextlib.suppress(Empty):
+        while task := tasks.get_nowait():
+            task[0].error = RuntimeError("the reader ended first")
+            task[0].done.set()
+    for _ in threads:
+        tasks.put(None)
+    for thread in threads:
+        if thread is not threading.current_thread():  # it may be the one that held the reader last
+            thread.join()
 
 
 def _work(tasks: SimpleQueue[tuple[Job, Piece] | None]) -> None:

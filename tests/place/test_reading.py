@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import random
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -30,7 +32,8 @@ def file(tmp_path_factory):
 
 def read(ranges) -> list[bytes]:
     targets = [torch.zeros(x.end - x.start, dtype=torch.uint8) for x in ranges]
-    Reader().read(cut(ranges), targets, lambda: None).wait()
+    reader = Reader()  # which would take its threads along
+    reader.read(cut(ranges), targets, lambda: None).wait()
     return [target.numpy().tobytes() for target in targets]
 
 
@@ -113,3 +116,21 @@ def test_threads_end_with_their_reader():
     for thread in own:
         thread.join(5)
     assert not own & set(threading.enumerate())
+
+
+def test_the_interpreter_may_end_while_they_read(file):
+    """Threads that then run torch's code would end the process by a signal."""
+    code = f"""
+import torch
+from pathlib import Path
+from burnish.place.reading import Reader, cut
+from burnish.store.tensors import Entry
+ranges = [Entry(Path({str(file[0])!r}), torch.uint8, (900,), i, i + 900) for i in range(0, 2_000_000, 1000)]
+reader = Reader()
+for _ in range(20):
+    for start in range(0, 2000, 20):
+        some = ranges[start : start + 20]
+        targets = [torch.empty(900, dtype=torch.uint8) for _ in some]
+        job = reader.read(cut(some), targets, lambda: torch.empty(300, 300).view(-1).sum())
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
