@@ -163,6 +163,7 @@ class Pulse(threading.Thread):
 
     def stop(self) -> None:
         self.stopped.set()
+        self.join(2 * BEAT)  # a thread in torch's code could abort an interpreter that ends
 
     def failed(self) -> None:
         """Let the others end."""
