@@ -3,15 +3,14 @@
     q = round(127 w / max|w_row|),    w ~ q max|w_row| / 127
 
 Source: vector-wise quantisation of LLM.int8 (arXiv 2208.07339), section 2.1, without its activation outliers.
-Values equal bitsandbytes' row-wise quantisation. On a CPU `native.products` multiplies a few tokens by the stored
-bytes; for more, and elsewhere, the matrix is expanded for the product.
+Values equal bitsandbytes' row-wise quantisation. On a CPU `native.products` multiplies by the stored bytes; elsewhere
+the matrix is expanded for the product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -57,12 +56,6 @@ class Int8(Weight):
     def empty(cls, rows: int, columns: int) -> Int8:
         """Storage to load into."""
         return cls(torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows))
-
-    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not products.takes(x, bias):
-            return super().matmul(x, bias)
-        stored = cast("dict[str, Tensor]", self._parameters)  # a module's attributes take half a microsecond each
-        return products.int8_matmul(x, bias, stored["values"], stored["scale"])
 
     def dequantize(self) -> Tensor:
         return self.dequantize_to(torch.float32)

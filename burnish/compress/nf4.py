@@ -5,7 +5,7 @@
 Source: QLoRA (arXiv 2305.14314), section 3: 4-bit NormalFloat and double quantisation, which takes the constants
 from 0.5 to 0.127 bits per parameter. `map8` is the signed dynamic 8-bit code of "8-bit Approximations for Parallelism"
 (arXiv 1511.04561) as bitsandbytes builds it. Values equal bitsandbytes'. Two weights share a byte, the first in the
-high nibble. On a CPU `native.products` multiplies a few tokens by the stored bytes and expands the matrix for more.
+high nibble. On a CPU `native.products` multiplies by the stored bytes.
 """
 
 from __future__ import annotations
@@ -160,11 +160,6 @@ class NF4(Weight):
         groups = blocks(self.absmax, CONSTANT_BLOCK).long()
         wide = dynamic_map().to(self.absmax.device)[groups] * self.absmax2[:, None]
         return wide.view(-1)[: len(self.absmax)] + self.offset
-
-    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self.shape[1] % BLOCK or not products.takes(x, bias):
-            return super().matmul(x, bias)
-        return products.nf4_matmul(x, bias, self.shape, *self._stored())
 
     def dequantize(self) -> Tensor:
         return self.dequantize_to(torch.float32)

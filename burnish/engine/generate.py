@@ -163,7 +163,8 @@ def _run(model: Model, groups: Sequence[list[Row]], config: GenerationConfig, en
     training = model.net.training
     model.net.eval()
     try:
-        with fused(model.net) if config.fused else nullcontext():
+        longest = max((len(row.example.ids) for group in groups for row in group), default=0)
+        with fused(model.net, longest) if config.fused else nullcontext():
             for group in groups:
                 yield from _loop(config)(model, group, config, ends)
     finally:

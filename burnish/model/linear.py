@@ -5,7 +5,7 @@ adapters) wraps a `Linear` whatever its weight is. Quantised storage is frozen P
 FSDP shards parameters only.
 
 Products of bfloat16 on a processor that has no instructions for them are computed in float32 and rounded to bfloat16:
-torch 2.13 does them otherwise at a quarter of the speed. Of few tokens they are `native.products`'s.
+torch 2.13 does them otherwise at a quarter of the speed. With frozen weights they are `native.products`'s.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from burnish.device import multiplies_bfloat16
 from burnish.native import products
 
-MULTIPLIES_BFLOAT16 = multiplies_bfloat16()
 ROUNDED_TOKENS = 256  # widened at a time
 PIECE = 1 << 22  # weights expanded at a time
 _scratch = threading.local()
@@ -34,7 +32,7 @@ def take(x: Tensor, dim: int, spans: Spans) -> Tensor:
 
 def arithmetic(x: Tensor) -> torch.dtype:
     """The dtype in which products of x are computed: its own, or float32 where that is the faster way."""
-    narrow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not MULTIPLIES_BFLOAT16
+    narrow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not products.MULTIPLIES_BFLOAT16
     return torch.float32 if narrow else x.dtype
 
 
@@ -97,7 +95,19 @@ class Weight(nn.Module):
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (tokens, in) -> (tokens, out), in x's dtype; the stored matrix is expanded only for the product."""
-        return FrozenMatmul.apply(x, self, bias)
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return FrozenMatmul.apply(x, self, bias)
+        return self.product(x, bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`matmul` without gradients."""
+        if x.device.type == "cpu" and (stored := self.as_stored()) is not None and products.fits(x, stored[0]):
+            return products.matmul(stored[0], x, bias, self.shape, stored[1])
+        if x.device.type == "cpu" and arithmetic(x) in products.DTYPES and self.in_pieces:
+            return by_pieces(x, self, bias)
+        if arithmetic(x) == x.dtype:
+            return F.linear(x, self.dequantize_to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return rounded_product(x, self.shape[0], lambda kind: self.dequantize_to(kind).t(), bias)
 
     def matmul_transposed(self, grad: Tensor) -> Tensor:
         """grad (tokens, out) -> (tokens, in), in grad's dtype: the gradient of `matmul`'s x. Not differentiable."""
@@ -148,11 +158,7 @@ class FrozenMatmul(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
         ctx.has_bias = bias is not None
-        if x.device.type == "cpu" and arithmetic(x) in products.DTYPES and weight.in_pieces:
-            return by_pieces(x, weight, bias)
-        if arithmetic(x) == x.dtype:
-            return F.linear(x, weight.dequantize_to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return rounded_product(x, weight.shape[0], lambda kind: weight.dequantize_to(kind).t(), bias)
+        return weight.product(x, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -173,10 +179,9 @@ class Dense(Weight):
         return (self.dense.shape[0], self.dense.shape[1])
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if products.takes_dense(x, bias, self.dense):
-            return products.dense_matmul(x, bias, self.dense)
-        kind = arithmetic(x)
-        if kind != self.dense.dtype and not self.dense.requires_grad:
+        kind, frozen = arithmetic(x), not (self.dense.requires_grad and torch.is_grad_enabled())
+        few = kind == torch.bfloat16 and len(x) <= products.FEW_DENSE_TOKENS
+        if frozen and (few or kind != self.dense.dtype):
             return super().matmul(x, bias)  # which keeps no copy in `kind` for the backward pass
         return F.linear(x.to(kind), self.dense.to(kind), None if bias is None else bias.to(kind)).to(x.dtype)
 

@@ -60,16 +60,6 @@ INLINE chunk expand_dense(const uint8_t *bytes, int half) {
     return c;
 }
 
-INLINE lanes multiply_add(lanes a, lanes b, lanes sum) {
-#ifdef WIDE
-    return (lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
-#elif VECTOR == 32 && defined(__FMA__)
-    return (lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
-#else
-    return sum + a * b;
-#endif
-}
-
 /* One part of a chunk of weights by the same part of x. */
 INLINE lanes dot(lanes w, const char *x, lanes sum, int half) {
     lanes values;
@@ -113,11 +103,6 @@ typedef struct {
     uint8_t *rests;
 } group;
 
-/* Bytes of `count` weights of a row. */
-INLINE int64_t stored(enum kind kind, int64_t count) {
-    return kind == NF4 ? count / 2 : kind == INT8 ? count : kind == DENSE ? 2 * count : 4 * count;
-}
-
 /* Where the rows of a tile lie: their bytes, and NF4's constants. */
 typedef struct {
     const uint8_t *bytes[MOST_HEIGHT], *rests[MOST_HEIGHT];
@@ -144,7 +129,6 @@ INLINE void reach(int height, lines *rows, int64_t at, int64_t size, int64_t row
 }
 
 #define FETCH(address) __builtin_prefetch((address) + 1024, 0, 3)
-#define EVERY(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
 
 INLINE void clear(int height, int width, lanes sums[HEIGHT][MOST_WIDTH]) {
     EVERY(r, height) EVERY(t, width) sums[r][t] = (lanes){0};
@@ -500,6 +484,8 @@ typedef struct {
 
 /* Returns 1 where memory is short, else 0. All but int8 needs columns that are a multiple of 64. */
 int matmul(const request *q) {
+    if (q->tokens > MOST_FEW)
+        return multiply_many(q->kind, &q->w, q->x, q->x_half, q->tokens, q->bias, q->out, q->threads);
     const meeting m = meet(q->kind, q->w.columns, q->x_half, q->tokens);
     char *arranged = aligned_alloc(64, m.arranged + q->threads * m.each);
     if (!arranged) return 1;

@@ -1,9 +1,9 @@
-"""Products of few tokens with quantised or bfloat16 weights on a CPU, by a C file built on first use.
+"""Products with quantised or bfloat16 weights on a CPU, by C files built on first use.
 
 The plain torch twin reads a quantised matrix, writes it expanded and reads that again; `products.c` expands it in
-registers, so that a few tokens cost the stored bytes only. So it does with bfloat16, which torch multiplies slowly on
-processors without instructions for it. Where there is no compiler, `usable` and `takes` say no, and their callers run
-on plain torch.
+registers, so that a few tokens cost the stored bytes only, and `gemm.c` for many tokens in the processor's cache. So
+they do with bfloat16, which torch multiplies slowly on processors without instructions for it; on others many tokens
+are torch's. Where there is no compiler, `usable` and `fits` say no, and their callers run on plain torch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from burnish.native import build
 
 DTYPES = (torch.float32, torch.bfloat16)
 NF4, INT8, DENSE, FLOATS = 0, 1, 2, 3
-MOST_TOKENS = 32  # above it, expanding the matrix once and torch's product cost less
-MOST_DENSE_TOKENS = 4 if multiplies_bfloat16() else 32  # the same for bfloat16
+FEW_TOKENS = 32  # that `products.c` multiplies
+MULTIPLIES_BFLOAT16 = multiplies_bfloat16()
+FEW_DENSE_TOKENS = 4  # above it, a processor that multiplies bfloat16 is faster by torch
 SMALL = 1 << 16  # weights below which waking a second thread costs more than it saves
 
 REQUEST = struct.Struct("=15q")  # of the C function `matmul`: one packed argument costs a tenth of fifteen
@@ -46,44 +47,29 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in DTYPES and not torch.compiler.is_compiling() and library() is not None
 
 
-def takes(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether `nf4_matmul` and `int8_matmul` are the way for x (tokens, in): few tokens, and no gradient wanted."""
-    if not 0 < x.shape[0] <= MOST_TOKENS or not usable(x.device, x.dtype):
+def fits(x: Tensor, kind: int) -> bool:
+    """Whether `matmul` is the way for x (tokens, in) and a kind of storage."""
+    if not usable(x.device, x.dtype) or not len(x):
         return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+    if x.dtype is torch.float32:
+        return kind != FLOATS  # which torch multiplies
+    return not MULTIPLIES_BFLOAT16 or len(x) <= (FEW_DENSE_TOKENS if kind >= DENSE else FEW_TOKENS)
 
 
-def takes_dense(x: Tensor, bias: Tensor | None, matrix: Tensor) -> bool:
-    """The same for `dense_matmul`: matrix (out, in) in bfloat16, `in` a multiple of 64."""
-    fits = matrix.dtype is torch.bfloat16 and x.shape[0] <= MOST_DENSE_TOKENS and not matrix.shape[1] % 64
-    frozen = not (matrix.requires_grad and torch.is_grad_enabled())
-    return fits and frozen and matrix.is_contiguous() and takes(x, bias)
-
-
-def dense_matmul(x: Tensor, bias: Tensor | None, matrix: Tensor) -> Tensor:
-    """x (tokens, in) -> (tokens, out) in x's dtype; matrix (out, in) bfloat16, contiguous."""
-    return _matmul(DENSE, x, bias, matrix.shape, (matrix, None, None, None, None, None))
-
-
-def nf4_matmul(
-    x: Tensor,
-    bias: Tensor | None,
-    shape: tuple[int, int],
-    packed: Tensor,
-    constants: Sequence[Tensor],
-    levels: Tensor,
-) -> Tensor:
-    """x (tokens, in) -> (tokens, out) in x's dtype, for a matrix of `shape` (out, in) with `in` a multiple of 64.
-
-    packed (out * in / 2,) uint8; constants (absmax float32,) per block of 64, or (codes uint8 per block, absmax2
-    float32 per 256 blocks, offset float32, map (256,) float32); levels (16,) float32.
-    """
-    return _matmul(NF4, x, bias, shape, as_stored(packed, constants, levels))
-
-
-def int8_matmul(x: Tensor, bias: Tensor | None, values: Tensor, scale: Tensor) -> Tensor:
-    """x (tokens, in) -> (tokens, out) in x's dtype; values (out, in) int8, scale (out,) float32."""
-    return _matmul(INT8, x, bias, values.shape, as_stored(values, (scale,), None))
+def matmul(kind: int, x: Tensor, bias: Tensor | None, shape: Sequence[int], stored: Stored) -> Tensor:
+    """x (tokens, in) -> (tokens, out) in x's dtype, for a matrix of `shape` (out, in) stored as `as_stored` says."""
+    rows, columns = shape
+    if x.dim() != 2 or x.shape[1] != columns:
+        raise ValueError(f"x is {tuple(x.shape)}; the matrix takes (tokens, {columns})")
+    x, tokens = x.contiguous(), x.shape[0]
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    out = x.new_empty(tokens, rows)
+    half, threads = x.dtype is torch.bfloat16, _threads(rows * columns)
+    given = (rows, columns, x.data_ptr(), half, tokens, _pointer(bias), out.data_ptr(), threads)
+    if ready().matmul(REQUEST.pack(kind, *map(_pointer, stored), *given)):
+        raise MemoryError(f"no memory for {tokens} x {columns} activations")
+    return out
 
 
 def read_memory(memory: Tensor) -> None:
@@ -99,7 +85,7 @@ def nf4_dequantize(
     levels: Tensor,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The matrix of `shape` in float32 or bfloat16, from tensors as for `nf4_matmul`; in `out` if given."""
+    """The matrix of `shape` in float32 or bfloat16, from tensors as for `as_stored`; in `out` if given."""
     out = torch.empty(shape, dtype=dtype, device="cpu") if out is None else out
     stored = as_stored(packed, constants, levels)
     half, count = dtype == torch.bfloat16, out.numel()
@@ -116,23 +102,14 @@ def int8_dequantize(dtype: torch.dtype, values: Tensor, scale: Tensor, out: Tens
     return out
 
 
-def _matmul(kind: int, x: Tensor, bias: Tensor | None, shape: Sequence[int], stored: Stored) -> Tensor:
-    rows, columns = shape
-    if x.dim() != 2 or x.shape[1] != columns:
-        raise ValueError(f"x is {tuple(x.shape)}; the matrix takes (tokens, {columns})")
-    x, tokens = x.contiguous(), x.shape[0]
-    if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
-    out = x.new_empty(tokens, rows)
-    half, threads = x.dtype is torch.bfloat16, _threads(rows * columns)
-    given = (rows, columns, x.data_ptr(), half, tokens, _pointer(bias), out.data_ptr(), threads)
-    if ready().matmul(REQUEST.pack(kind, *map(_pointer, stored), *given)):
-        raise MemoryError(f"no memory for {tokens} x {columns} activations")
-    return out
-
-
 def as_stored(values: Tensor, constants: Sequence[Tensor], levels: Tensor | None) -> Stored:
-    """As the C functions take them: values, codes, constants, offset, map, levels."""
+    """As the C functions take them: values, codes, constants, offset, map, levels.
+
+    NF4: values packed (out * in / 2,) uint8, `in` a multiple of 64; constants (absmax float32,) per block of 64, or
+    (codes uint8 per block, absmax2 float32 per 256 blocks, offset float32, map (256,) float32); levels (16,) float32.
+    int8: values (out, in) int8, constants (scale (out,) float32,). Dense: values (out, in) bfloat16 or float32, `in` a
+    multiple of 64.
+    """
     if len(constants) < 2:
         return values.contiguous(), None, _wide(constants[0]) if constants else None, None, None, levels
     codes, absmax2, offset, code_map = constants
@@ -161,7 +138,7 @@ def ready() -> ctypes.CDLL:
 def _load(extra: Sequence[str] = ()) -> ctypes.CDLL | None:
     """The library built with `extra` flags; None where it cannot be had."""
     folder = Path(__file__).parent
-    sources = [folder / f"{name}.c" for name in ("products", "expand", "decode")]
+    sources = [folder / f"{name}.c" for name in ("products", "gemm", "expand", "decode")]
     found = build.load(sources, [folder / "weights.h"], extra)
     if found is not None:
         pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int

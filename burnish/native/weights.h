@@ -23,6 +23,8 @@
 #endif
 #if VECTOR > 16
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #ifdef _OPENMP
@@ -40,6 +42,8 @@
 #define WIDTH 4
 #define MOST_REST 128 /* bytes of a row read at once */
 #define UNIT 128 /* rows dealt out to a thread at a time */
+#define MOST_FEW 32 /* tokens; more are multiplied by gemm.c */
+#define EVERY(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < (count); i++)
 
 typedef float lanes __attribute__((vector_size(VECTOR)));
 
@@ -94,6 +98,23 @@ INLINE uint16_t narrow(float value) { /* to the nearest, ties to even */
 INLINE uint64_t one_by_one(uint64_t index) {
     __asm__("" : "+r"(index));
     return index;
+}
+
+/* Bytes of `count` weights of a row. */
+INLINE int64_t stored(enum kind kind, int64_t count) {
+    return kind == NF4 ? count / 2 : kind == INT8 ? count : kind == DENSE ? 2 * count : 4 * count;
+}
+
+INLINE lanes multiply_add(lanes a, lanes b, lanes sum) {
+#ifdef WIDE
+    return (lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif VECTOR == 32 && defined(__FMA__)
+    return (lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(__aarch64__)
+    return (lanes)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
+#else
+    return sum + a * b;
+#endif
 }
 
 /* `count` constants from block `first`. */
@@ -178,3 +199,7 @@ SHARED void arrange(const meeting *m, const void *x, int stored_half, int64_t to
 /* The rows of a product of arranged tokens, dealt out to a team; `rooms` are `meeting.each` bytes a thread. It ends
  * without waiting. */
 SHARED void multiply(enum kind kind, const meeting *m, const product *p, char *rooms);
+
+/* As `matmul`, for many tokens, by a team of its own. */
+SHARED int multiply_many(enum kind kind, const matrix *w, const void *x, int half, int64_t tokens, const void *bias,
+                         void *out, int64_t threads);

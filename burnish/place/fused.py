@@ -3,8 +3,8 @@
 A step is bound by the bytes of the weights. Run as modules, a layer is a dozen calls with the machine idle between
 them; fused, its norms, projections, rotation, attention, activation and residuals are one loop of one team of threads.
 `fused` puts it before a network's layers and takes it away again; nothing of the network changes. Layers that it does
-not know (a wrapped projection, a norm behind the sum, a hook) run as they are, between those that it knows. Prefill and
-training are not touched.
+not know (a wrapped projection, a norm behind the sum, a hook) run as they are, between those that it knows. A longer
+prompt takes the kernels of a training step between its products.
 
 Over ranks that each have a part of every matrix, a layer is run in its two halves, with the sum over the ranks behind
 each. Activations are float32 within a step, whatever dtype the network computes in.
@@ -13,13 +13,14 @@ each. Activations are float32 within a step, whatever dtype the network computes
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from burnish.kernels import training
 from burnish.model.attention import Attention, Frame
 from burnish.model.cache import KVCache
 from burnish.model.linear import Linear
@@ -30,25 +31,30 @@ from burnish.model.transformer import MLP, Layer, Transformer
 from burnish.native import decode, products
 from burnish.place.tensor_parallel import Summed
 
-MOST_ROWS = products.MOST_TOKENS
+MOST_ROWS = products.FEW_TOKENS
+LONG = 64  # tokens of a prompt for which building the kernels pays
 
 
 @contextmanager
-def fused(net: Network) -> Iterator[None]:
-    """Decode by the fast path inside the block, where there is one for this network. Weights must not change in it."""
-    stepper = None
+def fused(net: Network, prompt: int = 0) -> Iterator[None]:
+    """Run by the fast path inside the block, where there is one for this network, prompts of up to `prompt` tokens.
+
+    Weights must not change in it.
+    """
+    stepper, device = None, net.embed_tokens.weight.device
     free = isinstance(net, Transformer) and net.run_layers is None
-    if free and products.usable(net.embed_tokens.weight.device, net.dtype):
+    if free and products.usable(device, net.dtype):
         stepper = Stepper(net)  # type: ignore[arg-type]
-    if stepper is None or not any(stepper.known):
-        yield
-        return
-    assert isinstance(net, Transformer)
-    net.run_layers = stepper
-    try:
-        yield
-    finally:
-        net.run_layers = None
+    with training.fused(net) if prompt >= LONG and device.type == "cpu" else nullcontext():
+        if stepper is None or not any(stepper.known):
+            yield
+            return
+        assert isinstance(net, Transformer)
+        net.run_layers = stepper
+        try:
+            yield
+        finally:
+            net.run_layers = None
 
 
 class Stepper:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from burnish import device as machine
 from burnish.config import UserError
+from burnish.model import linear
 from burnish.model.network import Network
 from burnish.native import products
 from burnish.place.reading import BUFFERS, Reader
@@ -96,8 +97,9 @@ class Offload:
         length = tokens // rows
         masks = tokens * max(capacity, length) * size if length > 1 else 0
         logits = 16 * rows * spec.vocab_size  # four copies in float32
-        few = products.MOST_DENSE_TOKENS * (products.library() is not None)  # above, matrices are expanded to float32
-        expanded = [unit.expanded for unit in self.units if (rows if unit in self.heads else tokens) > few]
+        expanded = [unit.expanded for unit in self.units]  # for a product
+        if products.library() is not None:
+            expanded = [4 * linear.PIECE if tokens > products.FEW_DENSE_TOKENS else 0]
         copies = 2 if rows > 1 else 1  # where rows end, or beams change places
         return copies * cache + tokens * width * size + masks + logits + max(expanded, default=0)
 

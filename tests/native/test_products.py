@@ -23,6 +23,7 @@ EXTRA = {"native": (), "AVX2": ("-march=x86-64-v3",), "portable": ("-DPORTABLE",
 KINDS = [(NF4, True), (NF4, False), (Int8, None)]
 kinds = pytest.mark.parametrize(("kind", "double"), KINDS, ids=["nf4", "nf4, plain constants", "int8"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+TOKENS = [*range(1, products.FEW_TOKENS + 1), 33, 49, 64, 65, 100, 130]
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the size that a product of these norms has
 
 
@@ -99,7 +100,7 @@ def test_the_expanded_matrix_is_the_twins(built, kind, double, dtype, shape):
 @torch.no_grad()
 def test_products_are_the_twins(built, kind, double, dtype, rows, columns):
     weight = quantise(kind, double, rows, columns)
-    inputs = [activations(tokens, columns, dtype) for tokens in range(1, products.MOST_TOKENS + 1)]
+    inputs = [activations(tokens, columns, dtype) for tokens in TOKENS]
     bias = torch.randn(rows)
     want = [plainly(lambda x=x: (weight.matmul(x), weight.matmul(x, bias))) for x in inputs]
     with refused():
@@ -116,23 +117,38 @@ def test_products_are_the_twins(built, kind, double, dtype, rows, columns):
 def test_products_with_bfloat16_weights(built, dtype, rows, columns):
     weight = Dense(torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(torch.bfloat16))
     bias = torch.randn(rows)
-    for tokens in range(1, products.MOST_TOKENS + 1):
+    for tokens in TOKENS:
         x = activations(tokens, columns, dtype)
         wide = x.double() @ weight.dense.double().t()
-        assert_product(products.dense_matmul(x, None, weight.dense), wide.to(dtype), x, weight)
-        assert_product(products.dense_matmul(x, bias, weight.dense), (wide + bias).to(dtype), x, weight)
+        kind, stored = weight.as_stored()
+        for shift in (None, bias):
+            want = (wide if shift is None else wide + shift).to(dtype)
+            assert_product(products.matmul(kind, x, shift, weight.shape, stored), want, x, weight)
 
 
+@pytest.mark.parametrize("multiplies", [False, True])
 @torch.no_grad()
-def test_bfloat16_weights_of_few_tokens_are_the_kernels(monkeypatch):
-    weight, asked = Dense(torch.randn(8, 128).bfloat16()), []
-    monkeypatch.setattr(products, "dense_matmul", lambda x, *_: asked.append(len(x)) or x)
-    for tokens in (1, products.MOST_DENSE_TOKENS, products.MOST_DENSE_TOKENS + 1):
-        weight.matmul(torch.randn(tokens, 128).bfloat16())
-    with torch.enable_grad():
-        weight.matmul(torch.randn(1, 128).bfloat16())  # a weight that trains
-    Dense(torch.randn(8, 100).bfloat16()).matmul(torch.randn(1, 100).bfloat16())
-    assert asked == [1, products.MOST_DENSE_TOKENS]
+def test_which_products_are_the_kernels(monkeypatch, multiplies):
+    """Where the processor multiplies bfloat16, many tokens are torch's."""
+    monkeypatch.setattr(products, "MULTIPLIES_BFLOAT16", multiplies)
+    monkeypatch.setattr(products, "matmul", lambda kind, x, *_: asked.append(len(x)) or x)
+    counts = [1, products.FEW_DENSE_TOKENS, products.FEW_DENSE_TOKENS + 1, products.FEW_TOKENS + 1]
+    dense = torch.randn(8, 128)
+    for weight, x, given in (
+        (Dense(dense.bfloat16()), torch.bfloat16, counts[:2] if multiplies else counts),
+        (Dense(dense.bfloat16()), torch.float32, counts),
+        (Int8.quantize(dense), torch.bfloat16, counts[:3] if multiplies else counts),
+        (Int8.quantize(dense), torch.float32, counts),
+        (Dense(dense), torch.float32, []),
+        (Dense(dense[:, :100].bfloat16()), torch.bfloat16, []),
+    ):
+        asked: list[int] = []
+        for tokens in counts:
+            weight.matmul(torch.randn(tokens, weight.shape[1]).to(x))
+        with torch.enable_grad():
+            if isinstance(weight, Dense):
+                weight.matmul(torch.randn(1, weight.shape[1]).to(x))  # a weight that trains
+        assert asked == given
 
 
 @dtypes
@@ -162,10 +178,11 @@ def test_nf4_rows_that_share_blocks(built, dtype, columns):
 @kinds
 @torch.no_grad()
 def test_in_float32_a_tokens_result_does_not_depend_on_its_batch(built, kind, double):
-    weight, x = quantise(kind, double, 37, 192), activations(products.MOST_TOKENS, 192, torch.float32)
-    together = weight.matmul(x)
-    for tokens in range(1, len(x)):
-        assert torch.equal(weight.matmul(x[:tokens]), together[:tokens])
+    weight, x = quantise(kind, double, 37, 192), activations(700, 192, torch.float32)
+    for most, fewer in ((products.FEW_TOKENS, range(1, products.FEW_TOKENS)), (700, [33, 48, 64, 321, 650])):
+        together = weight.matmul(x[:most])
+        for tokens in fewer:
+            assert torch.equal(weight.matmul(x[:tokens]), together[:tokens])
 
 
 @kinds
@@ -174,11 +191,11 @@ def test_in_float32_a_tokens_result_does_not_depend_on_its_batch(built, kind, do
 def test_more_tokens_and_more_threads(built, kind, double, dtype):
     weight, x = quantise(kind, double, 1030, 64), activations(40, 64, dtype)
     assert_product(weight.matmul(x), plainly(lambda: weight.matmul(x)), x, weight)
-    alone = [weight.matmul(x[:3]), weight.matmul(x[:20]), weight.dequantize()]
+    alone = [weight.matmul(x[:3]), weight.matmul(x[:20]), weight.matmul(x), weight.dequantize()]
     torch.set_num_threads(3)
     try:
         assert weight.shape[0] * weight.shape[1] > products.SMALL
-        together = [weight.matmul(x[:3]), weight.matmul(x[:20]), weight.dequantize()]
+        together = [weight.matmul(x[:3]), weight.matmul(x[:20]), weight.matmul(x), weight.dequantize()]
     finally:
         torch.set_num_threads(1)
     assert all(map(torch.equal, alone, together))
@@ -267,7 +284,7 @@ def test_a_matrix_expanded_in_pieces_multiplies_as_a_whole(built, monkeypatch, k
     weights = [quantise(kind, double, rows, 192), Dense(torch.randn(rows, 192).to(torch.bfloat16))]
     for weight in weights:
         assert weight.in_pieces
-        x = activations(products.MOST_TOKENS + 270, 192, dtype)  # more than are widened at a time
+        x = activations(products.FEW_TOKENS + 270, 192, dtype)  # more than are widened at a time
         with torch.no_grad():
             assert_product(
                 linear.by_pieces(x, weight, bias),
