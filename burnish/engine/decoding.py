@@ -17,6 +17,7 @@ AT_LEAST = {
     "num_beam_groups": 1,
     "diversity_penalty": 0,
     "prompt_lookup_num_tokens": 0,
+    "num_assistant_tokens": 1,
 }
 SHARES = ("top_p", "typical_p")  # above 0, at most 1
 SAMPLING = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1}  # and what switches each off
@@ -24,6 +25,7 @@ LOOPS = {  # what replaces one token a step, and what each is called
     "num_beams": (1, "beam search"),
     "penalty_alpha": (0, "contrastive search"),
     "prompt_lookup_num_tokens": (0, "speculation"),
+    "assistant_model": ("", "speculation by another model"),
 }
 
 
@@ -58,6 +60,10 @@ class GenerationConfig:
     prompt_lookup_num_tokens: int = _field(
         0, "speculation: so many tokens are guessed from the text so far and tried at once; the reply is the same"
     )
+    assistant_model: str = _field(
+        "", "speculation: a smaller model of the same tokens (an n-gram model, say), whose likeliest tokens are tried"
+    )
+    num_assistant_tokens: int = _field(8, "most tokens of the smaller model that are tried at once")
     choices: list[str] = field(
         default_factory=list, metadata={"help": "the reply is one of these texts, a space before it apart"}
     )
@@ -96,7 +102,7 @@ class GenerationConfig:
         asked = [words for name, (off, words) in LOOPS.items() if getattr(self, name) != off]
         if len(asked) > 1:
             raise UserError(f"{asked[0]} and {asked[1]} do not go together; choose one")
-        if self.do_sample and asked and asked[0] != "speculation":
+        if self.do_sample and asked and not asked[0].startswith("speculation"):
             raise UserError(f"do_sample: {asked[0]} draws nothing; set it to false")
         if self.num_beams % self.num_beam_groups:
             raise UserError(f"num_beam_groups: {self.num_beams} beams do not make {self.num_beam_groups} equal groups")

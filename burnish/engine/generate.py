@@ -73,7 +73,7 @@ def rows_of(
     """The prompts on their way. Arguments as `stream`'s.
 
     Raises UserError for a model without a decoder or a language-model head, for a prompt that cannot be encoded or is
-    empty, and where learned positions do not reach.
+    empty, and where the model's positions do not reach.
     """
     spec = model.spec
     if not spec.generates:
@@ -93,7 +93,7 @@ def rows_of(
         if not example.ids:
             raise UserError(f"prompt {index + 1} is empty; write something")
         rows.append(row)
-    if rows and spec.positions == "learned":
+    if rows:
         _check_positions(model, max(rows, key=lambda row: len(row.example.ids)), config)
     return rows
 
@@ -140,7 +140,14 @@ def _example(model: Model, prompt: Prompt) -> Example:
 
 @torch.inference_mode()
 def _check_positions(model: Model, longest: Row, config: GenerationConfig) -> None:
-    prompt, room = batch_of(model, [longest])[1] + len(longest.example.ids), model.spec.max_positions
+    prompt, room, kind = len(longest.example.ids), model.spec.max_positions, model.spec.positions
+    if kind == "rotary" and prompt > room > 0 and not model.spec.rope_scaling:
+        raise UserError(
+            f"prompt {longest.index + 1}: {prompt} tokens exceed the {room} that the model was made for; shorten it"
+        )
+    if kind != "learned":
+        return
+    prompt += batch_of(model, [longest])[1]
     last = max(prompt, config.max_new_tokens) if model.spec.paired else prompt + config.max_new_tokens
     if last > room:
         raise UserError(
@@ -155,7 +162,7 @@ def _loop(config: GenerationConfig) -> Loop:
         return beam_search
     if config.penalty_alpha:
         return contrastive_search
-    return speculate if config.prompt_lookup_num_tokens else _advance
+    return speculate if config.prompt_lookup_num_tokens or config.assistant_model else _advance
 
 
 @torch.inference_mode()

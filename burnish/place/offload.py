@@ -97,11 +97,11 @@ class Offload:
         length = tokens // rows
         masks = tokens * max(capacity, length) * size if length > 1 else 0
         logits = 16 * rows * spec.vocab_size  # four copies in float32
-        expanded = [unit.expanded for unit in self.units]  # for a product
+        expanded = max(unit.expanded for unit in self.units)  # for a product
         if products.library() is not None:
-            expanded = [4 * linear.PIECE if tokens > products.FEW_DENSE_TOKENS else 0]
+            expanded = min(expanded, 4 * linear.PIECE) if tokens > products.FEW_DENSE_TOKENS else 0
         copies = 2 if rows > 1 else 1  # where rows end, or beams change places
-        return copies * cache + tokens * width * size + masks + logits + max(expanded, default=0)
+        return copies * cache + tokens * width * size + masks + logits + expanded
 
     def fitting(self, needed: int) -> set[int]:
         """Which units stay beside `needed` bytes for cache and activations."""

@@ -12,6 +12,7 @@ from test_generate import PROMPTS, load
 
 import burnish
 from burnish.config import UserError
+from burnish.engine import speculation
 from burnish.engine.decoding import GenerationConfig
 from burnish.engine.generate import generate
 from burnish.engine.reply import eos_ids
@@ -136,6 +137,34 @@ def test_speculation_with_soft_prompts(root):
     assert generate(model, PROMPTS, GenerationConfig(prompt_lookup_num_tokens=3, **config)) == generate(
         model, PROMPTS, GenerationConfig(**config)
     )
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True, "temperature": 0.7}])
+@pytest.mark.parametrize("kind", ["ngram", "itself", "other"])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_guesses_of_another_model_change_no_reply(root, monkeypatch, family, kind, settings):
+    """An n-gram model of the replies themselves is mostly right, and saves forwards."""
+    model = load(root) if family == "llama" else burnish.load(tiny.folder(root, "t5"))
+    config = {"max_new_tokens": 20, "min_new_tokens": 20, **settings}
+    plain = generate(model, PROMPTS, GenerationConfig(**config))
+    helper = load(root) if kind == "other" or model.spec.paired else model
+    if kind == "ngram":
+        starts = [[]] * len(plain) if model.spec.paired else [model.tokenizer(text)["input_ids"] for text in PROMPTS]
+        texts = [[*start, *done.ids] for start, done in zip(starts, plain, strict=True)] * 100
+        net = count(ngram_spec({"vocab_size": model.spec.vocab_size, "order": 4}), texts)
+        helper = Model(net, model.tokenizer, {})
+    monkeypatch.setattr(speculation, "_load", lambda path: helper)
+    calls, logits = [], model.net.logits
+    monkeypatch.setattr(model.net, "logits", lambda hidden: calls.append(1) or logits(hidden))
+    guessed = generate(model, PROMPTS, GenerationConfig(assistant_model="helper", num_assistant_tokens=4, **config))
+    assert guessed == plain
+    if kind == "ngram" and not settings:
+        assert len(calls) < 0.7 * sum(len(done.ids) for done in plain)
+
+
+def test_an_assistant_of_other_tokens_is_refused(root, tmp_path):
+    with pytest.raises(UserError, match="assistant_model: pebble is no decoder with this model's tokens"):
+        generate(load(root), PROMPTS, GenerationConfig(assistant_model="pebble"))
 
 
 def test_guesses_follow_the_latest_longest_agreement():

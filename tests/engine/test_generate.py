@@ -187,6 +187,16 @@ def test_prompts_beyond_the_batch_size_wait(root):
     assert generate(model, [], LONG) == []
 
 
+def test_a_prompt_longer_than_the_model_was_made_for(root):
+    model = load(root)  # rotary
+    room = model.spec.max_positions
+    long = Example([3] * (room + 1), [IGNORE] * (room + 1))
+    with pytest.raises(UserError, match=f"prompt 2: {room + 1} tokens exceed the {room} that the model was made for"):
+        generate(model, [PROMPTS[0], long], GenerationConfig(max_new_tokens=2))
+    short = Example(long.ids[1:], long.labels[1:])
+    assert len(generate(model, [short], GenerationConfig(max_new_tokens=2, min_new_tokens=2))[0].ids) == 2
+
+
 def test_learned_positions_are_a_limit(root):
     model = load(root, "gpt2", CHAINS["prefix"])
     config = GenerationConfig(max_new_tokens=57)  # 4 before, 3 in the prompt, 64 in all

@@ -12,18 +12,24 @@ from burnish.model.bundle import Model
 from burnish.model.families import read_spec
 from burnish.model.ngram import NGram
 from burnish.model.transformer import Transformer
-from burnish.store.checkpoint import load
+from burnish.store.checkpoint import load, read_json
+from burnish.store.hub import resolve
 from burnish.store.take import LayersFrom, take
-from burnish.store.tokenizer import train_encoder_tokenizer, train_tokenizer
+from burnish.store.tokenizer import load_tokenizer, train_encoder_tokenizer, train_tokenizer
 
 TOKENIZER_ROWS = 40_000
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # the families' words for it
 
 
 def new_model(
-    hf_config: dict[str, Any], rows: list[dict[str, Any]], seed: int, layers_from: dict[str, Any] | None = None
+    hf_config: dict[str, Any],
+    rows: list[dict[str, Any]],
+    seed: int,
+    layers_from: dict[str, Any] | None = None,
+    tokenizer_of: str = "",
 ) -> Model:
-    """A random network of the given config, or one without counts yet, with a tokenizer trained on the rows.
+    """A random network of the given config, or one without counts yet, with a tokenizer trained on the rows, or that of
+    the model `tokenizer_of`, whose vocabulary's size then is the default.
 
     With `layers_from` it begins as those layers of another model do, the config is that model's but for what is given,
     and so is the tokenizer where its embeddings are taken.
@@ -33,6 +39,8 @@ def new_model(
         taken = from_mapping(LayersFrom, layers_from, "layers_from")
         source = load(taken.model)
         hf_config = {**resized(source.hf_config, taken), **hf_config}
+    if tokenizer_of:
+        hf_config = {"vocab_size": read_json(resolve(tokenizer_of) / "config.json").get("vocab_size"), **hf_config}
     if "vocab_size" not in hf_config:
         raise UserError("model: vocab_size is missing; it sizes the tokenizer and the embedding")
     spec = read_spec(hf_config)
@@ -42,6 +50,8 @@ def new_model(
         raise UserError("model: an encoder is pretrained with a masked language model's head, such as BertForMaskedLM")
     if source is not None and taken is not None and taken.embeddings:
         tokenizer = source.tokenizer
+    elif tokenizer_of:
+        tokenizer = load_tokenizer(resolve(tokenizer_of))
     else:
         texts = (text for row in itertools.islice(rows, TOKENIZER_ROWS) for text in texts_of(row))
         made = train_encoder_tokenizer if spec.kind == "encoder" else train_tokenizer

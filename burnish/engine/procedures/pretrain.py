@@ -22,7 +22,8 @@ from burnish.store.data import encode_rows
 from burnish.store.rows import read_rows
 from burnish.store.tensors import write_json
 
-NGRAM = {"vocab_size": 4096, "order": 5, "architectures": ["NGramForCausalLM"]}
+NGRAM = {"order": 5, "architectures": ["NGramForCausalLM"]}
+NGRAM_VOCABULARY = 4096
 FULL_STOP = re.compile(r"(?<=\.)\s+(?=\S)")
 
 
@@ -40,6 +41,7 @@ class PretrainConfig(TrainConfig):
         default_factory=dict,
         metadata={"help": "layers of another model to start from, as in '{model: runs/big, layers: [0, 2, 4]}'"},
     )
+    tokenizer: str = field(default="", metadata={"help": "a model whose tokenizer is taken; empty: a new one is made"})
     documents: int = field(default=0, metadata={"help": "documents taken from the data; 0: all (needed for 'world')"})
     parts: list[str] = field(
         default_factory=list, metadata={"help": "parts of the embedded corpus, as in 'facts,biographies'; empty: all"}
@@ -74,8 +76,11 @@ def run(config: PretrainConfig) -> int:
     if config.output_dir is None:
         raise UserError("output_dir: pretraining needs a folder for its checkpoints and the model")
     rows = rows_of(config)
-    hf_config = {"model_type": config.model, **NGRAM} if isinstance(config.model, str) else config.model
-    model = new_model(hf_config, rows, config.seed, config.layers_from)
+    hf_config = config.model
+    if isinstance(hf_config, str):
+        size = {} if config.tokenizer else {"vocab_size": NGRAM_VOCABULARY}
+        hf_config = {"model_type": hf_config, **size, **NGRAM}
+    model = new_model(hf_config, rows, config.seed, config.layers_from, config.tokenizer)
     causal = model.spec.causal
     if not causal:  # an encoder has no turns
         rows = [{"text": "\n".join(texts_of(row))} for row in rows]
