@@ -61,8 +61,8 @@ VERBS = {
         "burnish tune recipes/lora.yaml",
     ),
     "merge": Verb(
-        "burnish.store.merge:run",
-        "burnish.store.merge:MergeConfig",
+        "burnish.engine.procedures.merge:run",
+        "burnish.engine.procedures.merge:MergeConfig",
         "fold an adapter into its base model",
         "burnish merge runs/lora --output-dir runs/merged",
     ),

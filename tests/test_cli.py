@@ -5,7 +5,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -212,9 +211,11 @@ def test_help_answers_at_once_and_loads_no_library() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = os.times()
         assert burnish("--help").returncode == 0
-        seconds.append(time.perf_counter() - start)
+        end = os.times()
+        own = end.children_user + end.children_system - start.children_user - start.children_system
+        seconds.append(own)  # of the processor, which others may be using too
     assert min(seconds) < 0.3
 
 

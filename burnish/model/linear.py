@@ -214,8 +214,14 @@ class Unread(Dense):
         super().__init__(nn.Parameter(dense, requires_grad=False))
         self.read = read
 
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return Weight.matmul(self, x, bias)
+
     def dequantize(self) -> Tensor:
         return self.read()
+
+    def as_stored(self) -> None:
+        return None
 
 
 class Linear(nn.Module):

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from burnish import chain
+from burnish.chain import Model
 from burnish.config import UserError
+from burnish.engine.proof import ProofOptions, proven
 from burnish.store.checkpoint import load, save
 
 
 @dataclass(frozen=True)
-class QuantizeConfig:
+class QuantizeConfig(ProofOptions):
     """One model, one method."""
 
     positional: ClassVar[str] = "model"
@@ -22,18 +24,20 @@ class QuantizeConfig:
 
 
 def run(config: QuantizeConfig) -> int:
-    """Quantise and save; prints the bytes before and after."""
+    """Quantise and save; prints the bytes before and after, and the proof."""
     if config.output_dir is None:
         raise UserError("output_dir: say where the result goes, as in --output-dir runs/small")
-    if config.output_dir.exists() and any(config.output_dir.iterdir()):
-        raise UserError(f"{config.output_dir}: is not empty; choose another --output-dir")
-    model = load(config.model, techniques=[config.method])
 
-    def size() -> int:
-        return sum(p.numel() * p.element_size() for p in model.net.parameters())
+    def write(model: Model, place: Path) -> list[str]:
+        before = size(model)
+        chain.apply(model, [config.method])
+        save(model, place)
+        after = size(model)
+        return [f"{before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB ({after / before:.0%})"]
 
-    before = size()
-    chain.apply(model, [config.method])
-    save(model, config.output_dir)
-    print(f"{before / 2**20:.1f} MiB -> {size() / 2**20:.1f} MiB ({size() / before:.0%}); saved to {config.output_dir}")
+    print(*proven(lambda: load(config.model, techniques=[config.method]), write, config.output_dir, config), sep="\n")
     return 0
+
+
+def size(model: Model) -> int:
+    return sum(p.numel() * p.element_size() for p in model.net.parameters())

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from burnish import chain
+from burnish.chain import Model
 from burnish.config import UserError
+from burnish.engine.proof import ProofOptions, proven
 from burnish.store.checkpoint import load, save
 
 
 @dataclass(frozen=True)
-class MergeConfig:
+class MergeConfig(ProofOptions):
     """An adapter folder and where the merged model goes."""
 
     positional: ClassVar[str] = "model"
@@ -24,17 +26,16 @@ def run(config: MergeConfig) -> int:
     """Merge and save. Raises UserError where nothing can be merged, or something would stay unmerged."""
     if not config.model or config.output_dir is None:
         raise UserError("merge: give the adapter's folder and --output-dir")
-    if config.output_dir.exists() and any(config.output_dir.iterdir()):
-        raise UserError(f"{config.output_dir}: is not empty; choose another --output-dir")
-    model = load(config.model)
-    notes = chain.merge(model)
-    if not notes:
-        names = [link.name for link in model.chain] or "nothing"
-        raise UserError(
-            f"{config.model}: holds {names}, which cannot be folded into the weights; mergeable: lora, ia3, peft:*"
-        )
-    save(model, config.output_dir)
-    for note in notes:
-        print(note)
-    print(f"saved to {config.output_dir}")
+
+    def write(model: Model, place: Path) -> list[str]:
+        notes = chain.merge(model)
+        if not notes:
+            names = [link.name for link in model.chain] or "nothing"
+            raise UserError(
+                f"{config.model}: holds {names}, which cannot be folded into the weights; mergeable: lora, ia3, peft:*"
+            )
+        save(model, place)
+        return notes
+
+    print(*proven(lambda: load(config.model), write, config.output_dir, config), sep="\n")
     return 0

@@ -1,0 +1,188 @@
+"""Proof that a change of form broke nothing: what a model says of some texts before it is quantised, merged or
+exported, and what is read back says of them afterwards.
+
+    KL = sum_v p(v) log(p(v) / q(v)),  p before and q after, a mean over the tokens, in nats
+
+with the share of tokens whose likeliest successor is the same, the perplexity of the texts themselves, and for every
+layer the relative error of the states after it, sqrt(sum (h' - h)^2 / sum h^2), and what it adds to its predecessor's.
+What is written goes under a name of its own, is read back, and gets its final name once it has been looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from burnish import chain
+from burnish.chain import Model
+from burnish.config import UserError
+from burnish.engine.order import collated, encode
+from burnish.model.example import IGNORE, Example
+from burnish.model.scoring import beside_labels
+from burnish.store.checkpoint import load
+from burnish.store.tensors import write_json
+
+TEXTS = (
+    "The river rises in the hills north of the town and runs for ninety miles before it reaches the sea. In spring,"
+    " when the snow melts, it floods the meadows, and the farmers move their cattle to higher ground.",
+    "Question: What does a thermometer measure? Answer: It measures temperature, usually in degrees.",
+    "def area(width, height):\n    if width < 0 or height < 0:\n        raise ValueError('negative')\n"
+    "    return width * height\n",
+    "Dear Ms Ortega, thank you for your letter of 3 March. We have sent the missing parts today, and we expect them to"
+    " arrive within five working days. Please let us know if anything else is wrong.",
+    "A train leaves at 9:40 and arrives at 12:15. The journey takes 2 hours and 35 minutes, of which it stands still"
+    " for 20 minutes, so it moves for 135 minutes.",
+    "I did not like this film at all: the story is thin, the actors look bored, and the music never stops. Two hours of"
+    " my life that I will not get back.",
+    "The committee met on Tuesday to discuss the budget. After a long debate it voted seven to four in favour of the"
+    " new library, which is to open in two years.",
+    "Water boils at a lower temperature on a mountain, because the pressure of the air is lower there. That is why"
+    " potatoes take longer to cook.",
+)
+MOST_TOKENS = 64  # of a text
+WORST = 3  # layers that are named
+
+
+@dataclass(frozen=True)
+class ProofOptions:
+    """How what is written is looked at before it gets its name."""
+
+    proof: bool = field(default=True, metadata={"help": "compare what is written with the model that it was made from"})
+    prompt_file: Path | None = field(default=None, metadata={"help": "texts to compare on, one a line; else built-in"})
+    max_kl: float = field(default=0.1, metadata={"help": "nats a token beyond which the proof warns"})
+    strict: bool = field(default=False, metadata={"help": "write nothing where the proof warns"})
+
+
+@dataclass
+class Report:
+    """Before against after. `layers`: path -> (relative error, what it adds to the layer before)."""
+
+    kl: float
+    worst_kl: float
+    agreement: float
+    perplexity: tuple[float, float]
+    layers: dict[str, tuple[float, float]]
+
+    def lines(self, limit: float) -> list[str]:
+        """What is shown; the last is a warning where `limit` is passed."""
+        before, after = self.perplexity
+        found = [f"proof: KL {self.kl:.2g} nats a token (worst {self.worst_kl:.2g}), same likeliest token "
+                 f"{self.agreement:.1%}, perplexity {before:.4g} -> {after:.4g}"]  # fmt: skip
+        if self.beyond(limit):
+            worst = sorted(self.layers.items(), key=lambda item: -item[1][1])[:WORST]
+            named = ", ".join(f"{path} (+{added:.1%})" for path, (_, added) in worst)
+            found.append(f"warning: KL is beyond {limit:g}: the result differs from the model; worst layers: {named}")
+        return found
+
+    def beyond(self, limit: float) -> bool:
+        return not self.kl <= limit  # what is no number is beyond
+
+
+@dataclass
+class Said:
+    """Of every judged token: log-probabilities (tokens, V), the label; and the states after each layer."""
+
+    logs: Tensor
+    labels: Tensor
+    states: dict[str, Tensor]
+
+
+def said(model: Model, texts: Sequence[str]) -> Said:
+    """What a model says of texts, in one forward. Of each the second half is judged."""
+    net, paths = model.net, {module: path for path, module in model.net.named_modules()}
+    listed = [model.tokenizer(text)["input_ids"][:MOST_TOKENS] for text in texts]
+    examples = [Example(ids, [IGNORE] * (len(ids) // 2) + ids[len(ids) // 2 :]) for ids in listed if len(ids) > 1]
+    states: dict[str, Tensor] = {}
+
+    def keep(module: torch.nn.Module, _: Any, out: Any) -> None:
+        states[paths[module]] = (out if isinstance(out, Tensor) else out[0]).detach().float().cpu()
+
+    handles = [layer.register_forward_hook(keep) for layer in net.all_layers]
+    net.eval()
+    try:
+        with torch.inference_mode():
+            batch = collated(model, list(encode(model, examples)))
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            hidden = chain.forward(model, batch)
+            if model.spec.head == "classification":
+                logits = net.logits(net.pool(hidden, batch["attention_mask"]))
+                labels = logits.argmax(-1)
+            else:
+                hidden, labels = beside_labels(net, hidden, batch["labels"])
+                hidden, labels = hidden[labels != IGNORE], labels[labels != IGNORE]
+                logits = net.logits(hidden)
+            return Said(logits.float().log_softmax(-1).cpu(), labels.cpu(), states)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def compared(before: Said, after: Said) -> Report:
+    kl = (before.logs.exp() * (before.logs - after.logs)).sum(-1)
+    layers, last = {}, 0.0
+    for path, state in before.states.items():
+        other = after.states.get(path)
+        if other is not None and other.shape == state.shape:
+            error = float((other - state).norm() / state.norm())
+            layers[path], last = (error, error - last), error
+    known = before.labels < before.logs.shape[1]
+    losses = [F.nll_loss(x.logs[known], before.labels[known]).item() for x in (before, after)]
+    same = (before.logs.argmax(-1) == after.logs.argmax(-1)).float().mean()
+    perplexity = math.exp(min(losses[0], 99)), math.exp(min(losses[1], 99))
+    return Report(kl.mean().item(), kl.max().item(), same.item(), perplexity, layers)
+
+
+def proven(
+    source: Callable[[], Model], write: Callable[[Model, Path], list[str]], output: Path, options: ProofOptions
+) -> list[str]:
+    """Let `write` put what it makes of the model of `source` under a name beside `output`; read it back, compare, and
+    give it the name `output`. Gives the lines to show: what `write` says and the proof's.
+
+    A folder gets the report as `proof.json`. Raises UserError where `strict` is asked for and the proof warns; then,
+    and whenever something fails, nothing is left of what was written.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: is there already, and not empty; choose another name")
+    texts = TEXTS if options.prompt_file is None else lines_of(options.prompt_file)
+    model = source()
+    looked = options.proof and model.tokenizer is not None and model.spec.head != "none"
+    before = said(model, texts) if looked else None
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.{os.getpid()}{output.suffix}")
+    try:
+        found = write(model, partial)
+        del model  # before the result is read
+        if before is not None:
+            report = compared(before, said(load(partial), texts))
+            found += report.lines(options.max_kl)
+            if options.strict and report.beyond(options.max_kl):
+                raise UserError(f"strict: nothing is written; {found[-1]}")
+            if partial.is_dir():
+                write_json(asdict(report), partial / "proof.json")
+        if output.is_dir():
+            output.rmdir()
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.unlink(missing_ok=True)
+    return [*found, f"saved to {output}"]
+
+
+def lines_of(path: Path) -> list[str]:
+    """The texts of a file, one a line. Raises UserError where there are none."""
+    try:
+        found = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt_file: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not found:
+        raise UserError(f"prompt_file: {path} has no text")
+    return found

@@ -1,0 +1,99 @@
+"""What is written is read back and compared before it gets its name."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+
+from burnish import chain
+from burnish.cli import main
+from burnish.config import UserError
+from burnish.engine.proof import TEXTS, ProofOptions, compared, proven, said
+from burnish.store.checkpoint import load, save
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+def test_the_figures_are_those_of_the_definitions(root, family):
+    """For a decoder and an encoder by a forward of each text alone."""
+    folder = tiny.folder(root, family)
+    before, after = load(folder, torch.float32), chain.apply(load(folder, torch.float32), ["int8"])
+    report = compared(said(before, TEXTS), said(after, TEXTS))
+    assert 0 < report.kl < 0.05 and report.kl < report.worst_kl and report.agreement > 0.8
+    assert len(report.layers) == len(before.net.all_layers) and all(0 < x < 0.2 for x, _ in report.layers.values())
+    if family == "t5":
+        return
+    found, losses = [], []
+    for text in TEXTS:
+        ids = before.tokenizer(text)["input_ids"][:64]
+        with torch.no_grad():
+            logits = [m.net.logits(m.net(torch.tensor([ids])))[0].double().log_softmax(-1) for m in (before, after)]
+        places = range(len(ids) // 2, len(ids))
+        at = [place - before.spec.causal for place in places]
+        p, q = (x[at] for x in logits)
+        found += (p.exp() * (p - q)).sum(-1).tolist()
+        losses += [-float(p[n, ids[place]]) for n, place in enumerate(places)]
+    assert report.kl == pytest.approx(sum(found) / len(found), rel=1e-3, abs=1e-7)
+    assert report.worst_kl == pytest.approx(max(found), rel=1e-3, abs=1e-6)
+    assert report.perplexity[0] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-3)
+
+
+def test_a_broken_layer_is_named_and_strict_refuses(root, tmp_path):
+    folder, out = tiny.folder(root, "llama"), tmp_path / "out"
+
+    def broken(model, place):
+        with torch.no_grad():
+            model.net.layers[1].mlp.down_proj.weight.dense *= 30
+        save(model, place)
+        return []
+
+    options = ProofOptions(max_kl=0.001)
+    lines = proven(lambda: load(folder), broken, out, options)
+    assert "worst layers: layers.1 (+" in lines[1] and lines[2] == f"saved to {out}"
+    assert json.loads((out / "proof.json").read_text())["kl"] > 0.001 and load(out)
+    with pytest.raises(UserError, match="strict: nothing is written; warning: KL is beyond 0.001"):
+        proven(lambda: load(folder), broken, tmp_path / "other", ProofOptions(max_kl=0.001, strict=True))
+    with pytest.raises(ZeroDivisionError):
+        proven(lambda: load(folder), lambda model, place: place.mkdir() or [1 / 0], tmp_path / "other", options)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_numbers_that_are_none_are_beyond(root):
+    model = load(tiny.folder(root, "llama"))
+    before = said(model, TEXTS)
+    with torch.no_grad():
+        model.net.norm.weight.fill_(math.nan)
+    report = compared(before, said(model, TEXTS))
+    assert report.beyond(1e9) and report.lines(1.0)[1].startswith("warning")
+
+
+def test_quantize_and_merge_show_their_proof(root, tmp_path, capsys):
+    folder = str(tiny.folder(root, "llama"))
+    assert main(["quantize", folder, "--method", "int8", "--output-dir", str(tmp_path / "small")]) == 0
+    shown = capsys.readouterr().out
+    assert "proof: KL" in shown and "warning" not in shown
+    model = chain.apply(load(folder), [{"lora": {"r": 2}}])
+    with torch.no_grad():
+        for name, parameter in model.net.named_parameters():
+            if "lora_B" in name or parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    save(model, tmp_path / "tuned")
+    assert main(["merge", str(tmp_path / "tuned"), "--output-dir", str(tmp_path / "merged")]) == 0
+    kl = json.loads((tmp_path / "merged" / "proof.json").read_text())["kl"]
+    assert abs(kl) < 1e-3 and "same likeliest token" in capsys.readouterr().out
+    assert main(["merge", str(tmp_path / "tuned"), "--output-dir", str(tmp_path / "bare"), "--proof", "false"]) == 0
+    assert "proof" not in capsys.readouterr().out and not (tmp_path / "bare" / "proof.json").exists()
+
+
+@pytest.mark.parametrize(("text", "said"), [(None, "cannot be read"), ("\n", "has no text")])
+def test_texts_of_ones_own(root, tmp_path, capsys, text, said):
+    path, out = tmp_path / "mine.txt", tmp_path / "small"
+    words = ["quantize", str(tiny.folder(root, "llama")), "--output-dir", str(out), "--prompt-file", str(path)]
+    if text is not None:
+        path.write_text(text)
+    assert main(words) == 2 and said in capsys.readouterr().err and not out.exists()
+    path.write_text("the cat sees the dog\nthe dog sees the cat\n")
+    assert main(words) == 0
