@@ -1,10 +1,16 @@
-"""int8 weights: one absolute maximum per output row, weights only.
+"""int8 weights: one absolute maximum per output row; alone, or with activations in int8 too (LLM.int8).
 
     q = round(127 w / max|w_row|),    w ~ q max|w_row| / 127
 
-Source: vector-wise quantisation of LLM.int8 (arXiv 2208.07339), section 2.1, without its activation outliers.
-Values equal bitsandbytes' row-wise quantisation. On a CPU `native.products` multiplies by the stored bytes; elsewhere
-the matrix is expanded for the product.
+With `llm_int8_threshold` t > 0 a product is decomposed: columns of x with a magnitude of at least t meet the weights in
+x's dtype, and of the rest
+
+    x_token ~ p max|x_token| / 127,   x W^T ~ (p q^T) max|x_token| max|w_row| / 127^2
+
+where the maximum is over the magnitudes below t. Source: LLM.int8 (arXiv 2208.07339), sections 2.1 (vector-wise) and
+3.2 (the decomposition, t = 6). Values equal bitsandbytes', which also keeps outlier columns' weights in int8.
+Weights alone are the more precise, and as fast where hardware is no faster at int8 products: t is 0 by default. On a
+CPU `native.products` multiplies by the stored bytes; elsewhere the matrix is expanded for the product.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from burnish.config import UserError
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import Spans, Weight, take
 from burnish.model.surgery import linears, select
@@ -26,9 +33,11 @@ STORES_ANEW = True
 
 @dataclass(frozen=True)
 class Config:
-    """`target_modules` as for LoRA; the head and the embeddings stay."""
+    """`target_modules` as for LoRA; the head and the embeddings stay. `llm_int8_threshold` 0 quantises weights alone;
+    above, activations too, but for columns that reach it."""
 
     target_modules: list[str] | str = "all-linear"
+    llm_int8_threshold: float = 0.0
 
     def without(self, paths: Sequence[str]) -> Config:
         """Where the projections at `paths` are no longer stored this way."""
@@ -38,24 +47,46 @@ class Config:
 class Int8(Weight):
     """`values` (out, in) int8 and `scale` (out,) float32, the row's absolute maximum over 127."""
 
-    def __init__(self, values: Tensor, scale: Tensor):
+    def __init__(self, values: Tensor, scale: Tensor, threshold: float = 0.0):
         super().__init__()
+        self.threshold = threshold
         self.values = nn.Parameter(values, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.shape = (values.shape[0], values.shape[1])
 
     @classmethod
-    def quantize(cls, dense: Tensor) -> Int8:
+    def quantize(cls, dense: Tensor, threshold: float = 0.0) -> Int8:
         """dense (out, in), any floating dtype."""
         wide = dense.detach().float()
         absmax = wide.abs().amax(dim=1)
         values = torch.round(wide * (127.0 / absmax.clamp(min=1e-30))[:, None]).to(torch.int8)
-        return cls(values, absmax / 127.0)
+        return cls(values, absmax / 127.0, threshold)
 
     @classmethod
-    def empty(cls, rows: int, columns: int) -> Int8:
+    def empty(cls, rows: int, columns: int, threshold: float = 0.0) -> Int8:
         """Storage to load into."""
-        return cls(torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows))
+        return cls(torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows), threshold)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.threshold:
+            return super().product(x, bias)
+        wide = x.float()
+        outliers = wide.abs() >= self.threshold
+        columns = outliers.any(0)
+        absmax = wide.masked_fill(outliers, 0).abs().amax(1, keepdim=True)
+        rounded = torch.round(wide.masked_fill(columns, 0) * (127.0 / absmax.clamp(min=1e-30)))
+        out = self.whole_product(rounded) * (absmax / 127.0)
+        if columns.any():
+            beside = (self.values[:, columns] * self.scale.float()[:, None]).to(x.dtype)
+            out += x[:, columns].float() @ beside.float().t()
+        return (out if bias is None else out + bias.float()).to(x.dtype)
+
+    def whole_product(self, x: Tensor) -> Tensor:
+        """x (tokens, in) whole numbers up to 127 -> (tokens, out) float32, times the rows' scales."""
+        kind, stored = products.INT8, products.as_stored(self.values, (self.scale,), None)
+        if products.fits(x, kind):
+            return products.matmul(kind, x, None, self.shape, stored)
+        return torch._int_mm(x.to(torch.int8), self.values.t()).float() * self.scale.float()
 
     def dequantize(self) -> Tensor:
         return self.dequantize_to(torch.float32)
@@ -76,25 +107,27 @@ class Int8(Weight):
         else:
             torch.mul(self.values[rows], self.scale[rows].float()[:, None], out=out)
 
-    def as_stored(self) -> tuple[int, products.Stored]:
-        return products.INT8, products.as_stored(self.values, (self.scale,), None)
+    def as_stored(self) -> tuple[int, products.Stored] | None:
+        return None if self.threshold else (products.INT8, products.as_stored(self.values, (self.scale,), None))
 
     def shard(self, dim: int, spans: Spans) -> Int8:
         scale = take(self.scale, 0, spans) if dim == 0 else self.scale.clone()
-        return Int8(take(self.values, dim, spans), scale)
+        return Int8(take(self.values, dim, spans), scale, self.threshold)
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:
     """Quantise the targets in place, one at a time."""
+    if not config.llm_int8_threshold >= 0:
+        raise UserError(f"int8: llm_int8_threshold: must be at least 0, is {config.llm_int8_threshold}; 6.0 is usual")
     paths = []
     for path, linear in select(model.net, config.target_modules):
-        linear.weight = Int8.quantize(linear.weight.dequantize())
+        linear.weight = Int8.quantize(linear.weight.dequantize(), config.llm_int8_threshold)
         paths.append(path)
-    return Config(paths)
+    return replace(config, target_modules=paths)
 
 
 def rebuild(model: Model, config: Config) -> None:
     wanted = set(config.target_modules)
     for path, linear in linears(model.net):
         if path in wanted:
-            linear.weight = Int8.empty(linear.out_features, linear.in_features)
+            linear.weight = Int8.empty(linear.out_features, linear.in_features, config.llm_int8_threshold)

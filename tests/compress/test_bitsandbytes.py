@@ -13,6 +13,7 @@ from burnish.compress.int8 import Int8
 from burnish.compress.nf4 import NF4
 from burnish.config import UserError
 from burnish.model.linear import Dense
+from burnish.native import products
 from burnish.store.checkpoint import load
 
 bnb = pytest.importorskip("bitsandbytes.functional")
@@ -116,6 +117,32 @@ def test_the_constants_of_nf4_take_0_127_bits():
     assert bits[False] == 0.5
     assert bits[True] == pytest.approx(8 / 64 + 32 / (64 * 256), abs=1e-4)
     assert round(bits[True], 3) == 0.127
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("planted", [0, 1, 3])
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_llm_int8(monkeypatch, tokens, planted, compiled):
+    """The product with activations in int8 and outlier columns beside it."""
+    if not compiled:
+        monkeypatch.setattr(products, "_loaded", [None])
+    dense, draw = matrix(96, 128).half(), torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 128, generator=draw).clamp(-5, 5).half()
+    for column in range(planted):
+        x[-1, 7 + 40 * column] = 60.0 * (column + 1)
+    stored, scale, _ = bnb.int8_vectorwise_quant(dense)
+    values, absmax, columns = bnb.int8_vectorwise_quant(x.clone(), threshold=6.0)
+    product = torch.ops.bitsandbytes.int8_mixed_scaled_mm  # their layer takes another way on a CPU
+    want, _ = product(x, values, stored, absmax, scale, columns, None)
+    got = Int8.quantize(dense, threshold=6.0).matmul(x)
+    assert got.dtype == torch.float16 and (got - want).abs().max() <= 2e-3 * want.abs().max()
+    whole = Int8.quantize(dense, threshold=1e9).matmul(x)  # every activation in int8, the planted ones too
+    exact = x.float() @ dense.float().t()
+    if planted:
+        assert (got - exact)[-1].norm() < 0.5 * (whole - exact)[-1].norm()
+    elif tokens > 1:
+        assert torch.equal(got, whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
