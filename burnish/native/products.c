@@ -1,6 +1,7 @@
 /* Products of few tokens with stored weights on a CPU, for the threads of one team.
  *
- * out (tokens, rows) = x (tokens, columns) W^T + bias, for W stored as NF4 blocks of 64, int8 rows, bfloat16 or float32.
+ * out (tokens, rows) = x (tokens, columns) W^T + bias, for W stored as NF4 blocks of 64, int8 rows, bfloat16, float32 or
+ * GGUF's blocks.
  * The stored bytes are read from memory once and expanded in registers.
  * At few tokens the product is bound by the bytes of W that memory delivers, and memory gives most where several rows, far
  * apart, are read at once, each from its beginning to its end, and the next bytes of each are fetched early. Sums are
@@ -18,6 +19,8 @@
  */
 
 #include "weights.h"
+
+#include "gguf.h"
 
 /* 64 whole numbers. */
 INLINE chunk expand_int8(const uint8_t *bytes) {
@@ -115,6 +118,7 @@ typedef struct {
 
 /* Bytes of `count` weights of a row. */
 INLINE int64_t stored(enum kind kind, int64_t count) {
+    if (kind >= Q8_0) return gguf_bytes(kind, count);
     return kind == NF4 ? count / 2 : kind == INT8 ? count : kind == DENSE ? 2 * count : 4 * count;
 }
 
@@ -181,6 +185,11 @@ INLINE chunk expand(enum kind kind, int half, const matrix *w, const lines *rows
     if (kind == INT8) return expand_int8(from);
     if (kind == DENSE) return expand_dense(from, half);
     chunk c;
+    if (kind >= Q8_0) {
+        expand_32(kind, rows->bytes[r], 2 * block, c.part);
+        expand_32(kind, rows->bytes[r], 2 * block + 1, c.part + HALF_PARTS);
+        return c;
+    }
     memcpy(&c, from, sizeof c);
     return c;
 }
@@ -374,6 +383,11 @@ ROWS_OF(nf4_widened, NF4, WIDENED)
 ROWS_OF(int8_widened, INT8, WIDENED)
 ROWS_OF(dense_widened, DENSE, WIDENED)
 ROWS_OF(floats_widened, FLOATS, WIDENED)
+ROWS_OF(q8_0_widened, Q8_0, WIDENED)
+ROWS_OF(q4_0_widened, Q4_0, WIDENED)
+ROWS_OF(q4_k_widened, Q4_K, WIDENED)
+ROWS_OF(q5_k_widened, Q5_K, WIDENED)
+ROWS_OF(q6_k_widened, Q6_K, WIDENED)
 #ifdef WHOLE_NUMBERS
 ROWS_OF(nf4_whole, NF4, WHOLE)
 ROWS_OF(int8_whole, INT8, WHOLE)
@@ -468,7 +482,12 @@ void multiply(enum kind kind, const meeting *m, const product *p, char *rooms) {
     static work *const works[][3] = {{nf4_widened, NULL, nf4_whole},
                                      {int8_widened, NULL, int8_whole},
                                      {dense_widened, dense_halves, NULL},
-                                     {floats_widened, NULL, NULL}};
+                                     {floats_widened, NULL, NULL},
+                                     [Q8_0] = {q8_0_widened},
+                                     [Q4_0] = {q4_0_widened},
+                                     [Q4_K] = {q4_k_widened},
+                                     [Q5_K] = {q5_k_widened},
+                                     [Q6_K] = {q6_k_widened}};
     work *const run = works[kind][m->how];
     const int64_t rows = p->w->rows, height = height_of(kind, m->how, p->tokens);
     char *own = rooms + THREAD * m->each;

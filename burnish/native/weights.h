@@ -43,11 +43,11 @@
 
 typedef float lanes __attribute__((vector_size(VECTOR)));
 
-enum kind { NF4, INT8, DENSE, FLOATS };
+enum kind { NF4, INT8, DENSE, FLOATS, Q8_0, Q4_0, Q4_K, Q5_K, Q6_K }; /* the last five are GGUF's: gguf.h */
 
 /* NF4: `bytes` two weights each; the constant of block b is constants[b], or with `codes` (one byte per block)
  * map[codes[b]] * constants[b / 256] + offset. int8: `bytes` one weight each and one constant per row. Dense: two bytes a
- * weight, in bfloat16, or four. */
+ * weight, in bfloat16, or four. GGUF: rows of whole blocks. */
 typedef struct {
     const uint8_t *bytes;
     const uint8_t *codes;

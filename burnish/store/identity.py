@@ -13,7 +13,9 @@ KEPT = 1000  # checkpoints whose identity is remembered
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights, in the order that the identity hashes them."""
+    """The files that hold a checkpoint's weights, in the order that the identity hashes them; a GGUF file itself."""
+    if folder.is_file():
+        return [folder]
     return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("burnish.safetensors"))
 
 
