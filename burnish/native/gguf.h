@@ -81,6 +81,27 @@ INLINE void scale_and_minimum(const uint8_t *packed, int j, float *scale, float 
     }
 }
 
+/* What the groups of 32 weights from the at-th of a row are multiplied by, and what is taken from them: of one or two
+ * blocks, or of a block of 256, whose Q6_K has groups of 16. */
+INLINE void group_scales(enum kind kind, const uint8_t *row, int64_t at, float *scales, float *minima) {
+    const uint8_t *block = row + gguf_bytes(kind, 32 * at);
+    if (kind == Q8_0 || kind == Q4_0) {
+        scales[0] = half_at(block);
+        scales[1] = half_at(block + gguf_bytes(kind, 32));
+    } else if (kind == Q6_K) {
+        const float d = half_at(block + 208);
+        for (int i = 0; i < 16; i++) scales[i] = d * (int8_t)block[192 + i];
+    } else {
+        const float d = half_at(block), dmin = half_at(block + 2);
+        uint32_t three[3], s[2], m[2]; /* four bytes a word */
+        memcpy(three, block + 4, 12);
+        s[0] = three[0] & 0x3f3f3f3f, s[1] = (three[2] & 0x0f0f0f0f) | (three[0] >> 6 & 0x03030303) << 4;
+        m[0] = three[1] & 0x3f3f3f3f, m[1] = (three[2] >> 4 & 0x0f0f0f0f) | (three[1] >> 6 & 0x03030303) << 4;
+        for (int i = 0; i < 8; i++) scales[i] = d * ((uint8_t *)s)[i];
+        for (int i = 0; i < 8; i++) minima[i] = dmin * ((uint8_t *)m)[i];
+    }
+}
+
 /* The at-th 32 weights of a row, or of a matrix, which is its rows one after the other. */
 INLINE void expand_32(enum kind kind, const uint8_t *row, int64_t at, lanes *to) {
     const int j = at % 8;

@@ -94,7 +94,6 @@ def load(
     hf_config = gguf.config if gguf else read_json(base / "config.json")
     quantised = base == folder and not (folder / "model.safetensors").exists() and bool(extras)
     entries = {} if quantised or gguf else read_folder(base)
-    extras = {**gguf.tensors, **extras} if gguf else extras
     spec = read_spec(hf_config, head, {*entries, *extras})
     if spec.paired and not chain and adapter is None and chains.exchanges_head(techniques):
         spec = read_spec(hf_config, "none", {*entries, *extras})
@@ -112,6 +111,7 @@ def load(
     if unread:
         bodies = ((path, part) for path, part in model.net.named_modules() if path.startswith(model.net.body))
         later = {path for path, part in bodies if isinstance(part, Linear)}
+    extras = {**gguf.tensors, **extras} if gguf else extras
     plan = match(model, canonical(stored, model.net.layout), extras, folder, dtype)
     away = movable(model.net, bool(model.chain)) if memory_limit is not None else set()
     away.discard(TABLE)  # rows of it are looked up

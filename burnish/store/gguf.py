@@ -35,6 +35,7 @@ PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 PLAIN_CODES = {"f32": 0, "f16": 1, "bf16": 30}
 QUANTISED = {found.code: found for found in FORMATS.values()}
 MOST_DIMENSIONS = 4
+LENGTH = struct.Struct("<Q")  # of a string, before it
 
 
 class Broken(Exception):
@@ -51,7 +52,7 @@ class Texts:
     def __iter__(self) -> Iterator[str]:
         at = 0
         for _ in range(self.count):
-            (length,) = struct.unpack_from("<Q", self.raw, at)
+            (length,) = LENGTH.unpack_from(self.raw, at)
             yield self.raw[at + 8 : at + 8 + length].decode("utf-8", "replace")
             at += 8 + length
 
@@ -113,12 +114,14 @@ class Cursor:
     def array(self) -> Any:
         kind, count = self.number("I"), self.number("Q")
         if kind == STRING:
-            start = self.at
-            if count > (len(self.data) - start) // 8:
-                raise Broken(f"an array of {count} strings does not fit it")
+            start = at = self.at
+            last = len(self.data) - 8
             for _ in range(count):
-                self.skip(self.number("Q"))
-            return Texts(self.data[start : self.at], count)
+                if at > last:
+                    raise Broken(f"an array of {count} strings does not fit it")
+                at += 8 + LENGTH.unpack_from(self.data, at)[0]
+            self.skip(at - start)
+            return Texts(self.data[start:at], count)
         if kind not in NUMBERS:
             raise Broken(f"an array has elements of type {kind}, which is not supported")
         size = struct.calcsize(f"<{NUMBERS[kind]}")

@@ -25,7 +25,7 @@ from burnish.store.gguf import File
 from burnish.store.tensors import Entry
 
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-ROPE_FREQS = "rope_freqs.weight"
+ROPE_FREQS, ORIGINAL = "rope_freqs.weight", "rope.scaling.original_context_length"
 NAMES = {
     "embed_tokens": "token_embd",
     "embed_positions": "position_embd",
@@ -131,7 +131,8 @@ def names(spec: Spec) -> dict[str, str]:
     for path in tensor_names(spec):
         layer = re.match(r"layers\.(\d+)\.(.+)", path)
         leaf = layer[2] if layer else path
-        if leaf in known:
+        absent = spec.parallel_norms == 1 and leaf == "post_attention_layernorm"
+        if leaf in known and not absent:
             found[path] = f"blk.{layer[1]}.{known[leaf]}" if layer else known[leaf]
     return found
 
@@ -170,7 +171,7 @@ def config_of(file: File) -> dict[str, Any]:
     """The Hugging Face config of a file. Raises UserError for an architecture or an option that is not supported."""
     name = file.metadata.get("general.architecture")
     families = {found.name: family for family, found in reversed(ARCHITECTURES.items())}
-    if name not in families:
+    if not isinstance(name, str) or name not in families:
         raise UserError(
             f"{file.path}: architecture {name!r} is not supported; supported: {', '.join(sorted(families))}"
         )
@@ -186,7 +187,7 @@ def config_of(file: File) -> dict[str, Any]:
         if isinstance(value, np.ndarray) and len(set(value.tolist())) == 1:
             value = value.tolist()[0]  # one for each layer
         value = float(str(np.float32(value))) if isinstance(value, float) else value  # 1e-06, not 9.999999974752427e-07
-        sized = isinstance(value, int) and key not in ("context_length", "vocab_size") and not 0 <= value <= most
+        sized = isinstance(value, int) and key not in ("context_length", ORIGINAL) and not 0 <= value <= most
         if not isinstance(value, (int, kind)) or sized:
             raise UserError(f"{name}.{key} is {value!r}" if value is not None else f"{name}.{key} is missing")
         return value
@@ -201,17 +202,20 @@ def config_of(file: File) -> dict[str, Any]:
         config |= {found.keys[-1]: float(get(epsilon, 1e-5)), **found.more(get, tensors)}
         config |= {"model_type": family, "architectures": [FAMILIES[family].architectures["lm"]]}
         config |= {"vocab_size": table.shape[0], "tie_word_embeddings": "output.weight" not in tensors}
-        scaling = scaling_of(file, name, config)
-        return {**config, "rope_scaling": scaling} if scaling else config
-    except (UserError, ZeroDivisionError) as error:
+        scaling = scaling_of(file, get, config)
+        config |= {"rope_scaling": scaling} if scaling else {}
+        spec = read_spec(config, "lm")
+        if spec.num_heads % spec.num_kv_heads or (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim > most:
+            raise UserError(f"{spec.num_heads} heads of {spec.head_dim}, {spec.num_kv_heads} of keys, do not fit it")
+        return config
+    except (UserError, ArithmeticError) as error:
         raise UserError(f"{file.path}: {error}; it cannot be loaded") from None
 
 
-def scaling_of(file: File, name: str, config: dict[str, Any]) -> dict[str, Any]:
+def scaling_of(file: File, get: Callable[..., Any], config: dict[str, Any]) -> dict[str, Any]:
     """The rotary scaling of a file, as Hugging Face writes it; {} for none."""
-    kind = file.metadata.get(f"{name}.rope.scaling.type", "none")
-    factor = file.metadata.get(f"{name}.rope.scaling.factor", 1.0)
-    original = file.metadata.get(f"{name}.rope.scaling.original_context_length", 8192)
+    kind = file.metadata.get(f"{file.metadata['general.architecture']}.rope.scaling.type", "none")
+    factor, original = get("rope.scaling.factor", 1.0), get(ORIGINAL, 8192)
     if ROPE_FREQS in file.tensors:
         factors = file.tensors[ROPE_FREQS].entry.read().float()
         scaling = {**LLAMA3, "factor": float(factors.max()), "original_max_position_embeddings": original}
@@ -219,8 +223,8 @@ def scaling_of(file: File, name: str, config: dict[str, Any]) -> dict[str, Any]:
         if want.shape != factors.shape or not torch.allclose(want, factors, rtol=1e-3):
             raise UserError(f"{ROPE_FREQS} is not Llama 3's scaling, the only one with factors that is supported")
         return scaling
-    if kind not in ("none", "linear", "yarn"):
-        raise UserError(f"{name}.rope.scaling.type is {kind!r}; none, linear and yarn are supported")
+    if not isinstance(kind, str) or kind not in ("none", "linear", "yarn") or min(factor, original) < 1:
+        raise UserError(f"rope.scaling.type is {kind!r}; none, linear and yarn are supported")
     if kind == "none":
         return {}
     scaling = {"rope_type": kind, "factor": float(factor)}
@@ -237,7 +241,7 @@ def metadata_of(spec: Spec) -> dict[str, Any]:
     if spec.family not in ARCHITECTURES or spec.head != "lm":
         known = ", ".join(ARCHITECTURES)
         raise UserError(
-            f"gguf: a {spec.family} model with head '{spec.head}'; language models of {known} can be written"
+            f"gguf: {spec.family} with head '{spec.head}' cannot be written; language models of {known} can"
         )
     lacks = {
         "bias, alibi or serial attention in Falcon": spec.family == "falcon"
@@ -277,5 +281,5 @@ def metadata_of(spec: Spec) -> dict[str, Any]:
     if kind != "none":
         keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling["factor"])} if kind != "llama3" else {}
         if "original_max_position_embeddings" in scaling:
-            keys["rope.scaling.original_context_length"] = int(scaling["original_max_position_embeddings"])
+            keys[ORIGINAL] = int(scaling["original_max_position_embeddings"])
     return {"general.architecture": name, **{f"{name}.{key}": value for key, value in keys.items()}}

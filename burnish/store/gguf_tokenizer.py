@@ -54,6 +54,7 @@ ALIASES = {  # other names of the same rules
 }
 WHOLE_WORDS = ("llama-bpe",)  # a word that is a token is not merged
 META = "▁"
+LONGEST = 512  # characters of a token that merges may give; what is longer no text has
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 LEARNT = re.compile(r"(\{%-?\s*)(end)?generation(\s*-?%\})")  # only burnish and transformers know this block
 
@@ -202,7 +203,7 @@ def _sentencepiece(texts: Sequence[str], types: Sequence[int], scores: Sequence[
     merges = [
         [texts[number][:cut], texts[number][cut:]]
         for number in merged
-        for cut in range(1, len(texts[number]))
+        for cut in range(1, len(texts[number]) if len(texts[number]) <= LONGEST else 0)
         if texts[number][:cut] in vocab and texts[number][cut:] in vocab
     ]
     unknown = next((text for text, kind in zip(texts, types, strict=True) if kind == UNKNOWN), None)
