@@ -22,7 +22,8 @@ from burnish.model.linear import Spans, Weight, take
 from burnish.native import products
 
 PIECE = 1 << 22  # weights quantised at a time, which bounds the temporaries
-TRIES = 21  # scales that are tried for a group
+TRIES = 24  # scales that are tried for a group
+STEP = 2 / (TRIES - 1)  # of a scale's inverse, in levels
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,11 @@ def search(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
     low, high, total, squares = x.amin(-1).clamp(max=0), x.amax(-1), x.sum(-1), x.square().sum(-1)
     scale, minimum, least = torch.zeros_like(low), low.abs(), torch.full_like(low, torch.inf)
     for number in range(TRIES):
-        q = ((x - low[..., None]) * ((most - 1 + 0.1 * number) * inverse(high - low))[..., None]).round().clamp(0, most)
+        q = (
+            ((x - low[..., None]) * ((most - 1 + STEP * number) * inverse(high - low))[..., None])
+            .round()
+            .clamp(0, most)
+        )
         sums, of_squares, product = q.sum(-1), q.square().sum(-1), (q * x).sum(-1)
         determinant = 32 * of_squares - sums.square()
         s = (32 * product - total * sums) / determinant
@@ -262,7 +267,7 @@ def quantized_q6_k(x: Tensor) -> Tensor:
     extreme = farthest(x)
     scale, best = torch.zeros_like(extreme), torch.full_like(extreme, -1)
     for number in range(TRIES):
-        q = (x * (-(31 + 0.1 * number) * inverse(extreme))).round().clamp(-32, 31)
+        q = (x * (-(31 + STEP * number) * inverse(extreme))).round().clamp(-32, 31)
         squares, product = q.square().sum(-1, keepdim=True), (q * x).sum(-1, keepdim=True)
         gain = product.square() * inverse(squares)
         scale = torch.where(gain > best, product * inverse(squares), scale)

@@ -6,13 +6,18 @@
  * minima are rounded, and the weights once more by them.
  */
 
+#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("prefer-vector-width=512") /* twice as fast here; compilers choose 256 bits by themselves */
+#endif
+
 #include <math.h>
 
 #include "weights.h"
 
 #include "gguf.h"
 
-enum { SUPER = 256, MOST_TRIES = 21 };
+enum { SUPER = 256, TRIES = 24 };
+static const float STEP = 2.0f / (TRIES - 1); /* of a scale's inverse, in levels */
 
 INLINE uint16_t to_half(float value) { /* to the nearest, ties to even */
     uint32_t bits, rounded;
@@ -73,7 +78,8 @@ INLINE void quantize_q4_0(const float *x, uint8_t *to) {
         const int32_t whole = (int32_t)(x[i] * inverse + 8.5f);
         q[i] = whole > 15 ? 15 : whole;
     }
-    for (int i = 0; i < 16; i++) to[2 + i] = (uint8_t)(q[i] | q[i + 16] << 4);
+    for (int i = 0; i < 16; i++) q[i] |= q[i + 16] << 4;
+    for (int i = 0; i < 16; i++) to[2 + i] = (uint8_t)q[i];
 }
 
 INLINE float within(float value, float least, float most) {
@@ -90,18 +96,19 @@ INLINE void search(const float *x, float most, float *scale, float *minimum) {
     *scale = 0, *minimum = __builtin_fabsf(low);
     if (high == low) return;
     float least = INFINITY;
-    for (int try = 0; try < MOST_TRIES; try++) {
-        const float inverse = (most - 1 + 0.1f * try) / (high - low);
-        float sum = 0, sum_of_squares = 0, product = 0;
-#pragma omp simd reduction(+ : sum, sum_of_squares, product)
-        for (int i = 0; i < 32; i++) {
-            const float q = within(inverse * (x[i] - low), 0, most);
-            sum += q, sum_of_squares += q * q, product += q * x[i];
+    float inverse[TRIES], sum[TRIES] = {0}, of_squares[TRIES] = {0}, product[TRIES] = {0};
+    for (int t = 0; t < TRIES; t++) inverse[t] = (most - 1 + STEP * t) / (high - low);
+    for (int i = 0; i < 32; i++)
+        for (int t = 0; t < TRIES; t++) {
+            const float q = within(inverse[t] * (x[i] - low), 0, most);
+            sum[t] += q, of_squares[t] += q * q, product[t] += q * x[i];
         }
-        const float determinant = 32 * sum_of_squares - sum * sum;
-        float s = (32 * product - total * sum) / determinant, m = (sum * product - sum_of_squares * total) / determinant;
-        if (!(determinant > 0 && m > 0)) m = 0, s = product / sum_of_squares;
-        const float error = squares - s * product + m * total;
+    for (int t = 0; t < TRIES; t++) {
+        const float determinant = 32 * of_squares[t] - sum[t] * sum[t];
+        float s = (32 * product[t] - total * sum[t]) / determinant;
+        float m = (sum[t] * product[t] - of_squares[t] * total) / determinant;
+        if (!(determinant > 0 && m > 0)) m = 0, s = product[t] / of_squares[t];
+        const float error = squares - s * product[t] + m * total;
         if (error < least) least = error, *scale = s, *minimum = m;
     }
 }
@@ -139,18 +146,18 @@ INLINE void quantize_q6_k(const float *x, uint8_t *to) {
     uint8_t q[SUPER];
     for (int j = 0; j < 16; j++) {
         const float *own = x + 16 * j, extreme = farthest(own, 16);
-        float best = -1;
+        float best = 0, inverse[TRIES], squares[TRIES] = {0}, product[TRIES] = {0};
         scales[j] = 0;
-        for (int try = 0; try < MOST_TRIES && extreme != 0; try++) {
-            const float inverse = -(31 + 0.1f * try) / extreme;
-            float squares = 0, product = 0;
-#pragma omp simd reduction(+ : squares, product)
-            for (int i = 0; i < 16; i++) {
-                const float whole = within(inverse * own[i], -32, 31);
-                squares += whole * whole, product += whole * own[i];
+        if (extreme == 0) continue;
+        for (int t = 0; t < TRIES; t++) inverse[t] = -(31 + STEP * t) / extreme;
+        for (int i = 0; i < 16; i++)
+            for (int t = 0; t < TRIES; t++) {
+                const float whole = within(inverse[t] * own[i], -32, 31);
+                squares[t] += whole * whole, product[t] += whole * own[i];
             }
-            const float gain = squares > 0 ? product * product / squares : 0;
-            if (gain > best) best = gain, scales[j] = squares > 0 ? product / squares : 0;
+        for (int t = 0; t < TRIES; t++) {
+            const float gain = product[t] * product[t] / squares[t];
+            if (gain > best) best = gain, scales[j] = product[t] / squares[t];
         }
     }
     const float d = put_half(to + 208, farthest(scales, 16) / -128);

@@ -29,7 +29,7 @@ def resolve(source: str | Path) -> Path:
     if (ASSETS / str(source) / "config.json").exists():
         return ASSETS / str(source)
     if path.is_file():
-        raise UserError(f"{path}: a file, where a checkpoint folder or a .gguf file is needed")
+        raise UserError(f"{path}: a file, where a checkpoint folder is needed, or a file named .gguf")
     if isinstance(source, Path) or not HUB_ID.fullmatch(source) or source.startswith("."):
         raise UserError(f"{source}: no such folder, and not a hub id of the form owner/name")
     return _download(*source.partition("@")[::2])

@@ -19,6 +19,12 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("burnish.safetensors"))
 
 
+def stored_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's tensors on disk."""
+    files = [folder] if folder.is_file() else folder.glob("*.safetensors")
+    return sum(path.stat().st_size for path in files)
+
+
 def identity(folder: Path) -> str:
     """SHA-256 (hex) over the bytes of the weight files."""
     files = weight_files(folder)

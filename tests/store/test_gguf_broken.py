@@ -212,5 +212,5 @@ def test_what_is_left_out_is_named(files, tmp_path):
     write_gguf(path, {"general.architecture": "llama"}, {"token_embd.weight": piece})
     with pytest.raises(UserError, match=r"llama.block_count is missing"):
         load(path)
-    with pytest.raises(UserError, match="a checkpoint folder or a .gguf file is needed"):
+    with pytest.raises(UserError, match="a checkpoint folder is needed, or a file named .gguf"):
         load(__file__)
