@@ -72,6 +72,12 @@ VERBS = {
         "store a model's weights in fewer bits",
         "burnish quantize pebble --method nf4 --output-dir runs/pebble-nf4",
     ),
+    "export": Verb(
+        "burnish.engine.procedures.export:run",
+        "burnish.engine.procedures.export:ExportConfig",
+        "a model as one GGUF file, with its tokenizer, for llama.cpp",
+        "burnish export pebble --type q8_0 --output runs/pebble-q8_0.gguf",
+    ),
     "generate": Verb(
         "burnish.engine.text:run",
         "burnish.engine.text:GenerateConfig",

@@ -19,6 +19,8 @@ from burnish.config import Bytes, UserError
 from burnish.model.bundle import Model, build
 from burnish.model.families import read_spec
 from burnish.store.checkpoint import read_json
+from burnish.store.gguf_model import opened
+from burnish.store.gguf_tokenizer import rebuilt
 from burnish.store.hub import resolve
 from burnish.store.tensors import read_folder
 from burnish.store.tokenizer import load_tokenizer
@@ -76,13 +78,17 @@ def plan(
     Only headers are read: the chain is applied to a network without storage (torch's meta device).
     """
     folder = resolve(source)
-    hf_config = read_json(folder / "config.json")
-    entries = read_folder(folder)
+    gguf = opened(folder) if folder.is_file() else None
+    hf_config = gguf.config if gguf else read_json(folder / "config.json")
+    entries = gguf.tensors if gguf else read_folder(folder)
     spec = read_spec(hf_config, stored=entries)
     itemsize = max((entry.dtype.itemsize for entry in entries.values()), default=2)
     with torch.device("meta"):
         net = build(spec, hf_config).to(torch.bfloat16 if itemsize == 2 else torch.float32)
-    model = chain.apply(Model(net, load_tokenizer(folder), hf_config), list(techniques))
+        if gguf is not None:
+            gguf.rebuild(net, None)
+    tokenizer = rebuilt(gguf.file) if gguf else load_tokenizer(folder)
+    model = chain.apply(Model(net, tokenizer, hf_config), list(techniques))
     trainable = sum(p.numel() for p in model.trainable().values())
     stored = sum(p.numel() * p.element_size() for p in model.net.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.trainable().values())

@@ -30,6 +30,7 @@ from burnish.model.bundle import Context, Model
 from burnish.model.example import Example
 from burnish.store.checkpoint import load, save
 from burnish.store.hub import resolve
+from burnish.store.identity import stored_bytes
 from burnish.store.tensors import write_json
 
 Job = Mapping[str, Any]
@@ -38,8 +39,8 @@ Job = Mapping[str, Any]
 def artifact_bytes(model: Model, folder: Path) -> int:
     """Bytes of the tensors that `save` writes for the model, or of the base itself where nothing was applied."""
     if not model.chain:
-        return sum(path.stat().st_size for path in resolve(model.path).glob("*.safetensors"))
-    return sum(path.stat().st_size for path in save(model, folder).glob("*.safetensors"))
+        return stored_bytes(resolve(model.path))
+    return stored_bytes(save(model, folder))
 
 
 def parameters(model: Model) -> dict[str, Any]:

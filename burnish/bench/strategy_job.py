@@ -25,6 +25,7 @@ from burnish.native import products
 from burnish.place.choice import placed, ranks_of
 from burnish.store.checkpoint import load
 from burnish.store.hub import resolve
+from burnish.store.identity import stored_bytes
 
 READ = 1 << 30  # bytes read to measure the bandwidth
 SIDE = 2048  # of the matrices multiplied to measure the rate
@@ -57,9 +58,8 @@ def requests(job: Result) -> dict[str, Any]:
 
 def half_beside(model: str, where: torch.device) -> int:
     """Bytes that leave room for half of a model, and for a little to work with."""
-    stored = sum(path.stat().st_size for path in resolve(model).glob("*.safetensors"))
     base = torch.cuda.memory_allocated(where) if where.type == "cuda" else device.resident_memory()
-    return base + stored // 2 + ROOM
+    return base + stored_bytes(resolve(model)) // 2 + ROOM
 
 
 def over_ranks(job: Result) -> dict[str, Any]:

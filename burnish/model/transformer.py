@@ -164,8 +164,12 @@ class Transformer(Network):
             self.score = Linear(spec.hidden_size, spec.num_labels, not spec.causal)
 
     def tie(self) -> None:
-        if self.lm_head is not None and self.spec.tied:
+        if self.lm_head is None or not self.spec.tied:
+            return
+        if isinstance(self.embed_tokens, nn.Embedding):
             self.lm_head.weight.dense = self.embed_tokens.weight  # type: ignore[union-attr]
+        else:  # rows in another storage
+            self.lm_head.weight = self.embed_tokens.storage
 
     @property
     def layout(self) -> Layout:

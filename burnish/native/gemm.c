@@ -11,7 +11,6 @@
 
 #define DEPTH 128
 #define MOST_AT_ONCE 320 /* tokens, so that a unit's sums fit the second cache */
-#define LANES (VECTOR / 4)
 #if VECTOR == 64
 #define PANEL 4 /* vectors of tokens; 24 sums and what they need fit 32 registers */
 #else
@@ -50,8 +49,11 @@ static void expand_row(enum kind kind, const matrix *w, int64_t row, int64_t fir
     } else if (kind == DENSE) {
         const uint16_t *from = (const uint16_t *)w->bytes + at;
         for (int64_t i = 0; i < count; i++) out[i] = widen(from[i]);
-    } else {
+    } else if (kind == FLOATS) {
         memcpy(out, w->bytes + 4 * at, 4 * count);
+    } else {
+        const uint8_t *from = w->bytes + row * stored(kind, w->columns);
+        for (int64_t i = 0; i < count / 32; i++) expand_32(kind, from, first / 32 + i, (lanes *)(out + 32 * i));
     }
 }
 

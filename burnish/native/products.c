@@ -1,6 +1,7 @@
 /* Products of few tokens with stored weights on a CPU, for the threads of one team.
  *
- * out (tokens, rows) = x (tokens, columns) W^T + bias, for W stored as NF4 blocks of 64, int8 rows, bfloat16 or float32.
+ * out (tokens, rows) = x (tokens, columns) W^T + bias, for W stored as NF4 blocks of 64, int8 rows, bfloat16, float32 or
+ * GGUF's blocks.
  * The stored bytes are read from memory once and expanded in registers.
  * At few tokens the product is bound by the bytes of W that memory delivers, and memory gives most where several rows, far
  * apart, are read at once, each from its beginning to its end, and the next bytes of each are fetched early. Sums are
@@ -10,7 +11,7 @@
  * - float32 activations meet weights widened to float32;
  * - bfloat16 activations, where the processor multiplies 16-bit integers (AVX-512 VNNI), are rounded to 16 bits per 128
  *   positions, a 256th of their own rounding at the largest of them, and meet int8 weights as they are and NF4's levels
- *   in 14 bits;
+ *   in 14 bits; so do activations of any dtype for GGUF's blocks, whose own programs round them to 8 bits;
  * - bfloat16 activations meet several tokens' bfloat16 weights in pairs, where the processor can (AVX-512 BF16).
  *
  * An NF4 byte holds two neighbours, the first in the high nibble. A lookup takes a nibble of each word of several bytes, so
@@ -193,6 +194,28 @@ INLINE void plain_tile(enum kind kind, int half, int height, int width, const pr
         store(kind, height < HEIGHT ? height : HEIGHT, width, p, sums + r, g, r0 + r, token);
 }
 
+/* The same of GGUF's blocks, without unrolling the rows, for the code's size. */
+INLINE void gguf_tile(enum kind kind, int height, int width, const product *p, const group *g, int64_t r0,
+                      int64_t token) {
+    const char *x = p->x + token * p->stride;
+    const lines rows = lines_of(height, p->w, g, r0);
+    lanes sums[MOST_HEIGHT][MOST_WIDTH];
+    clear(height, width, sums);
+    for (int64_t b = 0; b < g->blocks; b++, x += 4 * BLOCK) {
+#pragma GCC unroll 1
+        for (int r = 0; r < height; r++) {
+            chunk c;
+            FETCH(rows.bytes[r] + stored(kind, b * BLOCK));
+            expand_32(kind, rows.bytes[r], 2 * b, c.part);
+            expand_32(kind, rows.bytes[r], 2 * b + 1, c.part + HALF_PARTS);
+            EVERY(i, PARTS) EVERY(t, width)
+                sums[r][t] = dot(c.part[i], x + t * p->stride + i * VECTOR, sums[r][t], 0);
+        }
+    }
+    for (int r = 0; r < height && r0 + r < g->count; r += HEIGHT)
+        store(kind, height < HEIGHT ? height : HEIGHT, width, p, sums + r, g, r0 + r, token);
+}
+
 #ifdef WIDE
 /* Whether the constants are looked up as they are needed, two blocks of one group at a time. */
 INLINE int looked_up(const matrix *w, int64_t blocks) { return w->codes && blocks % 2 == 0; }
@@ -293,14 +316,104 @@ INLINE void whole_tile(enum kind kind, int height, int width, const product *p, 
 }
 #endif
 
+#ifdef WHOLE_NUMBERS
+/* The at-th 32 whole numbers of a row of GGUF's blocks, in 16 bits. */
+INLINE __m512i whole_32(enum kind kind, const uint8_t *row, int64_t at) {
+    const int j = at % 8;
+    const __m256i fifteen = _mm256_set1_epi8(15);
+#define AT(address) _mm256_loadu_si256((const __m256i *)(address))
+    if (kind == Q8_0) return _mm512_cvtepi8_epi16(AT(row + at * 34 + 2));
+    if (kind == Q4_0) {
+        const __m128i packed = _mm_loadu_si128((const __m128i *)(row + at * 18 + 2));
+        const __m256i both = _mm256_set_m128i(_mm_srli_epi16(packed, 4), packed);
+        return _mm512_cvtepi8_epi16(_mm256_sub_epi8(_mm256_and_si256(both, fifteen), _mm256_set1_epi8(8)));
+    }
+    if (kind == Q6_K) {
+        const uint8_t *block = row + at / 8 * 210;
+        const __m256i low = AT(block + j / 4 * 64 + j % 2 * 32), high = AT(block + 128 + j / 4 * 32);
+        const __m256i two = _mm256_and_si256(_mm256_srli_epi16(high, j % 4 * 2), _mm256_set1_epi8(3));
+        const __m256i four = _mm256_and_si256(_mm256_srli_epi16(low, j % 4 / 2 * 4), fifteen);
+        const __m256i q = _mm256_or_si256(four, _mm256_slli_epi16(two, 4));
+        return _mm512_cvtepi8_epi16(_mm256_sub_epi8(q, _mm256_set1_epi8(32)));
+    }
+    const uint8_t *block = row + at / 8 * (kind == Q4_K ? 144 : 176), *packed = block + (kind == Q4_K ? 16 : 48);
+    __m256i q = _mm256_and_si256(_mm256_srli_epi16(AT(packed + j / 2 * 32), j % 2 * 4), fifteen);
+    if (kind == Q5_K) {
+        const __m256i bit = _mm256_and_si256(_mm256_srli_epi16(AT(block + 16), j), _mm256_set1_epi8(1));
+        q = _mm256_or_si256(q, _mm256_slli_epi16(bit, 4));
+    }
+    return _mm512_cvtepu8_epi16(q);
+#undef AT
+}
+
+/* GGUF's blocks by 16-bit activations, whose scale for 128 positions is behind them in x. A group's sums of whole numbers
+ * meet its scale, and the sums of x the minimum; a group of 16 has eight of the lanes. */
+INLINE void gguf_whole_tile(enum kind kind, int height, int width, const product *p, const group *g, int64_t r0,
+                            int64_t token) {
+    const int parts = kind < Q4_K ? 2 : 8, shifted = kind == Q4_K || kind == Q5_K; /* of 32 weights, done at once */
+    const char *x = p->x + token * p->stride, *rates = x + even(g->blocks) * 2 * BLOCK;
+    const lines rows = lines_of(height, p->w, g, r0);
+    lanes sums[MOST_HEIGHT][MOST_WIDTH];
+    clear(height, width, sums);
+    for (int64_t at = 0; at < 2 * g->blocks; at += parts, x += 64 * parts) {
+        lanes totals_of_x[MOST_WIDTH][8];
+        for (int t = 0; t < width && shifted; t++)
+            EVERY(i, parts) {
+                const __m512i part = _mm512_loadu_si512(x + t * p->stride + 64 * i);
+                totals_of_x[t][i] =
+                    (lanes)_mm512_cvtepi32_ps(_mm512_dpwssd_epi32(_mm512_setzero_si512(), part, _mm512_set1_epi16(1)));
+            }
+#pragma GCC unroll 1
+        for (int r = 0; r < height; r++) {
+            const uint8_t *row = rows.bytes[r];
+            float scales[16], minima[8];
+            FETCH(row + gguf_bytes(kind, 32 * at));
+            if (parts == 8) FETCH(row + gguf_bytes(kind, 32 * at) + 64);
+            if (parts == 8) FETCH(row + gguf_bytes(kind, 32 * at) + 128);
+            group_scales(kind, row, at, scales, minima);
+            lanes sum[MOST_WIDTH];
+            EVERY(i, parts) {
+                const __m512i q = whole_32(kind, row, at + i);
+                lanes scale = (lanes)_mm512_set1_ps(scales[i]);
+                if (kind == Q6_K) {
+                    const __m512 low = _mm512_set1_ps(scales[2 * i]), high = _mm512_set1_ps(scales[2 * i + 1]);
+                    scale = (lanes)_mm512_mask_blend_ps(0xff00, low, high);
+                }
+                EVERY(t, width) {
+                    const __m512i values = _mm512_loadu_si512(x + t * p->stride + 64 * i);
+                    const lanes wide = (lanes)_mm512_cvtepi32_ps(_mm512_dpwssd_epi32(_mm512_setzero_si512(), q, values));
+                    sum[t] = i % 4 ? multiply_add(wide, scale, sum[t]) : wide * scale;
+                    if (shifted) sum[t] = sum[t] - totals_of_x[t][i] * minima[i];
+                    if (i % 4 == 3 || i == parts - 1) {
+                        float rate;
+                        memcpy(&rate, rates + t * p->stride + (at + i) / 4 * 4, 4);
+                        sums[r][t] = multiply_add(sum[t], (lanes)_mm512_set1_ps(rate), sums[r][t]);
+                    }
+                }
+            }
+        }
+    }
+    for (int r = 0; r < height && r0 + r < g->count; r += HEIGHT)
+        store(kind, height < HEIGHT ? height : HEIGHT, width, p, sums + r, g, r0 + r, token);
+}
+#endif
+
 INLINE void tile(enum kind kind, enum arithmetic how, int height, int width, const product *p, const group *g,
                  int64_t r0, int64_t token) {
 #ifdef WHOLE_NUMBERS
+    if (how == WHOLE && kind >= Q8_0) {
+        gguf_whole_tile(kind, height, width, p, g, r0, token);
+        return;
+    }
     if (how == WHOLE) {
         whole_tile(kind, height, width, p, g, r0, token);
         return;
     }
 #endif
+    if (kind >= Q8_0) {
+        gguf_tile(kind, height, width, p, g, r0, token);
+        return;
+    }
 #ifdef WIDE
     if (kind == NF4) {
         nf4_tile(height, width, p, g, r0, token);
@@ -339,7 +452,7 @@ INLINE void rows_of(enum kind kind, enum arithmetic how, const product *p, group
         tile(kind, how, height_of(kind, how, 1), 1, p, g, 0, 0);
     else if (tokens == 2)
         tile(kind, how, HEIGHT, 2, p, g, 0, 0);
-    else if (tokens > MOST_WIDTH && MOST_WIDTH > WIDTH) /* x no longer fits the first cache: read it less often */
+    else if (kind >= Q8_0 || (tokens > MOST_WIDTH && MOST_WIDTH > WIDTH)) /* x no longer fits the first cache */
         for (int64_t token = 0; token < tokens; token += WIDTH) tile(kind, how, HEIGHT, WIDTH, p, g, 0, token);
     else
         for (int64_t r = 0; r < g->count; r += 2)
@@ -352,12 +465,22 @@ INLINE void rows_of(enum kind kind, enum arithmetic how, const product *p, group
 
 /* A function each, so that kind and arithmetic are constants in it. */
 typedef void work(const product *, group *);
+#ifdef WHOLE_NUMBERS
+#define OF_GGUF WHOLE
+#else
+#define OF_GGUF WIDENED
+#endif
 #define ROWS_OF(NAME, KIND, HOW) \
     static void NAME(const product *p, group *g) { rows_of(KIND, HOW, p, g); }
 ROWS_OF(nf4_widened, NF4, WIDENED)
 ROWS_OF(int8_widened, INT8, WIDENED)
 ROWS_OF(dense_widened, DENSE, WIDENED)
 ROWS_OF(floats_widened, FLOATS, WIDENED)
+ROWS_OF(q8_0_rows, Q8_0, OF_GGUF)
+ROWS_OF(q4_0_rows, Q4_0, OF_GGUF)
+ROWS_OF(q4_k_rows, Q4_K, OF_GGUF)
+ROWS_OF(q5_k_rows, Q5_K, OF_GGUF)
+ROWS_OF(q6_k_rows, Q6_K, OF_GGUF)
 #ifdef WHOLE_NUMBERS
 ROWS_OF(nf4_whole, NF4, WHOLE)
 ROWS_OF(int8_whole, INT8, WHOLE)
@@ -385,7 +508,7 @@ meeting meet(enum kind kind, int64_t columns, int x_half, int64_t tokens) {
     if (x_half && kind == DENSE && tokens > 1) m.how = HALVES;
 #endif
 #ifdef WHOLE_NUMBERS
-    if (x_half && (kind == NF4 || kind == INT8)) m.how = WHOLE;
+    if (kind >= Q8_0 || (x_half && (kind == NF4 || kind == INT8))) m.how = WHOLE;
 #endif
 #ifdef WIDE
     if (kind == NF4) m.order = m.how == WHOLE ? NIBBLES : LONG_NIBBLES;
@@ -452,7 +575,12 @@ void multiply(enum kind kind, const meeting *m, const product *p, char *rooms) {
     static work *const works[][3] = {{nf4_widened, NULL, nf4_whole},
                                      {int8_widened, NULL, int8_whole},
                                      {dense_widened, dense_halves, NULL},
-                                     {floats_widened, NULL, NULL}};
+                                     {floats_widened, NULL, NULL},
+                                     [Q8_0] = {[OF_GGUF] = q8_0_rows},
+                                     [Q4_0] = {[OF_GGUF] = q4_0_rows},
+                                     [Q4_K] = {[OF_GGUF] = q4_k_rows},
+                                     [Q5_K] = {[OF_GGUF] = q5_k_rows},
+                                     [Q6_K] = {[OF_GGUF] = q6_k_rows}};
     work *const run = works[kind][m->how];
     const int64_t rows = p->w->rows, height = height_of(kind, m->how, p->tokens);
     char *own = rooms + THREAD * m->each;

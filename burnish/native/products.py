@@ -22,6 +22,7 @@ from burnish.native import build
 
 DTYPES = (torch.float32, torch.bfloat16)
 NF4, INT8, DENSE, FLOATS = 0, 1, 2, 3
+Q8_0, Q4_0, Q4_K, Q5_K, Q6_K = 4, 5, 6, 7, 8  # GGUF's formats
 FEW_TOKENS = 32  # that `products.c` multiplies
 MULTIPLIES_BFLOAT16 = multiplies_bfloat16()
 FEW_DENSE_TOKENS = 4  # above it, a processor that multiplies bfloat16 is faster by torch
@@ -102,6 +103,18 @@ def int8_dequantize(dtype: torch.dtype, values: Tensor, scale: Tensor, out: Tens
     return out
 
 
+def gguf_quantize(kind: int, dense: Tensor, blocks: Tensor) -> None:
+    """Write dense (out, in) float32 into blocks (out, bytes of a row) uint8; both contiguous, rows of whole blocks."""
+    count = dense.numel()
+    ready().gguf_quantize(kind, _pointer(dense), count, _pointer(blocks), _threads(count))
+
+
+def gguf_dequantize(kind: int, blocks: Tensor, out: Tensor) -> None:
+    """Write blocks (rows, bytes of a row) into out (rows, in), float32 or bfloat16; both contiguous."""
+    half, count = out.dtype == torch.bfloat16, out.numel()
+    ready().gguf_dequantize(kind, _pointer(blocks), count, _pointer(out), half, _threads(count))
+
+
 def as_stored(values: Tensor, constants: Sequence[Tensor], levels: Tensor | None) -> Stored:
     """As the C functions take them: values, codes, constants, offset, map, levels.
 
@@ -138,8 +151,8 @@ def ready() -> ctypes.CDLL:
 def _load(extra: Sequence[str] = ()) -> ctypes.CDLL | None:
     """The library built with `extra` flags; None where it cannot be had."""
     folder = Path(__file__).parent
-    sources = [folder / f"{name}.c" for name in ("products", "gemm", "expand", "decode")]
-    found = build.load(sources, [folder / "weights.h"], extra)
+    sources = [folder / f"{name}.c" for name in ("products", "gemm", "expand", "decode", "gguf")]
+    found = build.load(sources, [folder / "weights.h", folder / "gguf.h"], extra)
     if found is not None:
         pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         found.matmul.argtypes = [ctypes.c_char_p]
@@ -147,6 +160,9 @@ def _load(extra: Sequence[str] = ()) -> ctypes.CDLL | None:
         found.read_memory.argtypes, found.read_memory.restype = [pointer, count, flag], count
         found.nf4_dequantize.argtypes = [*[pointer] * 6, count, pointer, flag, flag]
         found.int8_dequantize.argtypes = [pointer, pointer, count, count, pointer, flag, flag]
+        found.gguf_quantize.argtypes = [flag, pointer, count, pointer, flag]
+        found.gguf_dequantize.argtypes = [flag, pointer, count, pointer, flag, flag]
+        found.gguf_quantize.restype = found.gguf_dequantize.restype = None
         found.matmul.restype = found.decode.restype = flag
         found.nf4_dequantize.restype = found.int8_dequantize.restype = None
     return found

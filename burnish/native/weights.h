@@ -47,11 +47,11 @@
 
 typedef float lanes __attribute__((vector_size(VECTOR)));
 
-enum kind { NF4, INT8, DENSE, FLOATS };
+enum kind { NF4, INT8, DENSE, FLOATS, Q8_0, Q4_0, Q4_K, Q5_K, Q6_K }; /* the last five are GGUF's: gguf.h */
 
 /* NF4: `bytes` two weights each; the constant of block b is constants[b], or with `codes` (one byte per block)
  * map[codes[b]] * constants[b / 256] + offset. int8: `bytes` one weight each and one constant per row. Dense: two bytes a
- * weight, in bfloat16, or four. */
+ * weight, in bfloat16, or four. GGUF: rows of whole blocks. */
 typedef struct {
     const uint8_t *bytes;
     const uint8_t *codes;
@@ -100,8 +100,11 @@ INLINE uint64_t one_by_one(uint64_t index) {
     return index;
 }
 
+#include "gguf.h"
+
 /* Bytes of `count` weights of a row. */
 INLINE int64_t stored(enum kind kind, int64_t count) {
+    if (kind >= Q8_0) return gguf_bytes(kind, count);
     return kind == NF4 ? count / 2 : kind == INT8 ? count : kind == DENSE ? 2 * count : 4 * count;
 }
 

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from burnish.compress.gguf import Table
 from burnish.config import UserError
 from burnish.model.attention import Attention
-from burnish.model.linear import Dense, Linear, Spans, take
+from burnish.model.linear import Dense, Linear, Spans, Weight, take
 from burnish.model.seq2seq import Seq2Seq
 from burnish.model.transformer import MLP, Transformer
 from burnish.place.ranks import Ranks
@@ -62,17 +63,22 @@ class Gathered(nn.Module):
         return torch.cat([part[:, :size] for part, size in zip(parts, self.sizes, strict=True)], dim=1)
 
 
-class SplitEmbedding(nn.Embedding):
-    """The rows of an embedding from `start` on; those of other tokens come from the other ranks."""
+class SplitEmbedding(nn.Module):
+    """The rows of an embedding from `start` on, in an embedding of their own; those of other tokens come from the other
+    ranks."""
 
-    def __init__(self, weight: nn.Parameter, start: int, ranks: Ranks):
-        super().__init__(weight.shape[0], weight.shape[1], _weight=weight, _freeze=True)
-        self.start, self.ranks = start, ranks
+    def __init__(self, rows: nn.Embedding | Table, start: int, ranks: Ranks):
+        super().__init__()
+        self.rows, self.start, self.ranks = rows, start, ranks
+
+    @property
+    def weight(self) -> Tensor:
+        return self.rows.weight
 
     def forward(self, input: Tensor) -> Tensor:
         own = input - self.start
-        elsewhere = (own < 0) | (own >= self.num_embeddings)
-        found = F.embedding(own.masked_fill(elsewhere, 0), self.weight)
+        elsewhere = (own < 0) | (own >= self.rows.num_embeddings)
+        found = self.rows(own.masked_fill(elsewhere, 0))
         return self.ranks.sum(found.masked_fill(elsewhere[..., None], 0))
 
 
@@ -167,13 +173,21 @@ def split_vocabulary(net: Transformer, ranks: Ranks) -> None:
     """Leave this rank's tokens in the embedding and in a language-model head."""
     starts = [part(net.spec.vocab_size, ranks, rank) for rank in range(ranks.world + 1)]
     span = (starts[ranks.rank], starts[ranks.rank + 1])
-    table = nn.Parameter(take(net.embed_tokens.weight.detach(), 0, [span]), requires_grad=False)
-    net.embed_tokens = SplitEmbedding(table, span[0], ranks)
+    table: nn.Embedding | Table = net.embed_tokens
+    rows: nn.Embedding | Table
+    shared: Weight
+    if isinstance(table, Table):
+        rows = Table(table.storage.shard(0, [span]), table.dtype)
+        shared = rows.storage
+    else:
+        rows = nn.Embedding.from_pretrained(take(table.weight.detach(), 0, [span]))
+        shared = Dense(rows.weight)
+    net.embed_tokens = SplitEmbedding(rows, span[0], ranks)  # type: ignore[assignment]
     if net.lm_head is None:
         return
     cut(net.lm_head, 0, [span])
     if net.spec.tied:
-        inner(net.lm_head).weight = Dense(table)
+        inner(net.lm_head).weight = shared
     sizes = [end - start for start, end in zip(starts, starts[1:], strict=False)]
     net.lm_head = Gathered(net.lm_head, sizes, ranks)  # type: ignore[assignment]
 

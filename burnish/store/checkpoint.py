@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from burnish import chain as chains
+from burnish.compress.gguf import GGUF
 from burnish.config import UserError
 from burnish.model.bundle import Model, build
 from burnish.model.families import read_spec
@@ -28,13 +29,15 @@ from burnish.model.network import Layout, Network
 from burnish.model.spec import Head
 from burnish.place.offload import Offload
 from burnish.place.units import movable
-from burnish.store import adapters
+from burnish.store import adapters, gguf_tokenizer
+from burnish.store.gguf_model import TABLE, opened
 from burnish.store.hub import resolve
 from burnish.store.identity import identity
 from burnish.store.tensors import Entry, Held, read_folder, write_json, write_tensors
 from burnish.store.tokenizer import load_tokenizer, save_tokenizer
 
 DENSE = ".weight.dense"
+BLOCKS = re.compile(r"\.(storage|weight)\.blocks$")  # of a GGUF file's matrix
 Stored = dict[str, Entry | Held]
 Plan = dict[str, tuple[Entry | Held, bool, torch.dtype]]  # parameter -> its tensor, whether transposed, its dtype
 
@@ -87,14 +90,17 @@ def load(
             f"{folder}: made for a base with identity {saved['identity'][:12]}, but {base} has {identity(base)[:12]}; "
             "give the base that it was trained on"
         )
-    hf_config = read_json(base / "config.json")
+    gguf = opened(base) if base.is_file() else None
+    hf_config = gguf.config if gguf else read_json(base / "config.json")
     quantised = base == folder and not (folder / "model.safetensors").exists() and bool(extras)
-    entries = {} if quantised else read_folder(base)
+    entries = {} if quantised or gguf else read_folder(base)
     spec = read_spec(hf_config, head, {*entries, *extras})
     if spec.paired and not chain and adapter is None and chains.exchanges_head(techniques):
         spec = read_spec(hf_config, "none", {*entries, *extras})
     with torch.device("meta"):
         model = Model(build(spec, hf_config), None, hf_config, path=origin(source))
+        if gguf is not None:
+            gguf.rebuild(model.net, dtype)
         if adapter is not None:
             extras = adapters.rebuild(model, adapter)
         else:
@@ -105,13 +111,19 @@ def load(
     if unread:
         bodies = ((path, part) for path, part in model.net.named_modules() if path.startswith(model.net.body))
         later = {path for path, part in bodies if isinstance(part, Linear)}
+    extras = {**gguf.tensors, **extras} if gguf else extras
     plan = match(model, canonical(stored, model.net.layout), extras, folder, dtype)
     away = movable(model.net, bool(model.chain)) if memory_limit is not None else set()
-    limited = {name: (x, y, z) for name, (x, y, z) in plan.items() if name in away and isinstance(x, Entry)}
+    away.discard(TABLE)  # rows of it are looked up
+    limited = {name: (x, y, z) for name, (x, y, z) in plan.items() if name in away and type(x) is Entry}
     place(model.net, {name: plan[name] for name in plan if name not in limited}, torch.device(device), later)
-    model.tokenizer = load_tokenizer(folder if has_tokenizer(folder) else base)
+    here = folder if has_tokenizer(folder) else base
+    model.tokenizer = gguf_tokenizer.rebuilt(gguf.file) if gguf and here == base else load_tokenizer(here)
     check_vocabulary(model, folder)
-    if (base / "generation_config.json").exists():
+    if gguf is not None:
+        model.generation_config = gguf.generation_config
+        model.net.compute_dtype = dtype or torch.float32  # as llama.cpp, whatever the weights are
+    elif (base / "generation_config.json").exists():
         model.generation_config = read_json(base / "generation_config.json")
     own = base == folder and not chain  # weights without a chain are a base of their own
     model.identity = identity(base) if own else saved.get("identity") or identity(base)
@@ -122,8 +134,9 @@ def load(
 
 
 def origin(source: str | Path) -> str:
-    """What finds the model again from anywhere: a hub id or "pebble" as given, a folder by its absolute path."""
-    return str(Path(source).resolve()) if Path(source).is_dir() else str(source)
+    """What finds the model again from anywhere: a hub id or "pebble" as given, a folder or a file by its absolute
+    path."""
+    return str(Path(source).resolve()) if Path(source).exists() else str(source)
 
 
 def based_on(folder: Path, saved: dict[str, Any]) -> str:
@@ -174,7 +187,7 @@ def stored_names(model: Model) -> dict[str, tuple[str, str | None]]:
     names: dict[str, tuple[str, str | None]] = {}
     for name in model.net.stored_tensors():
         native = re.sub(r"(\.base)+\.", ".", name).removesuffix(".dense")
-        names[name] = (native, tensors.get(native))
+        names[name] = (native, tensors.get(BLOCKS.sub(".weight", native)))
     return names
 
 
@@ -269,12 +282,15 @@ def save(model: Model, folder: str | Path) -> Path:
         getattr(chains.technique(x.name), "CHANGES_BASE", False) for x in model.chain
     )
     complete = complete or not model.chain
-    dense = all(isinstance(m, Dense) for m in model.net.modules() if isinstance(m, Weight))
+    dense = all(isinstance(m, Dense | GGUF) for m in model.net.modules() if isinstance(m, Weight))
     parameters = model.net.stored_tensors()
     foreign: dict[str, torch.Tensor] = {}
     extras: dict[str, torch.Tensor] = {}
     for name, (native, other) in stored_names(model).items():
         tensor = parameters[name].detach()
+        owner = model.net.get_submodule(name.rpartition(".")[0])
+        if complete and isinstance(owner, GGUF):
+            tensor, native = owner.dequantize_to(torch.bfloat16), BLOCKS.sub(".weight", native)
         trained = not complete and parameters[name].requires_grad  # norms beside adapters
         if other is None or trained or (complete and not dense):
             extras[native] = tensor
@@ -311,7 +327,8 @@ def save(model: Model, folder: str | Path) -> Path:
 
 def saved_config(model: Model) -> dict[str, Any]:
     """config.json of the model as it is now."""
-    dtype = str(model.net.embed_tokens.weight.dtype).removeprefix("torch.")
+    blocks = any(isinstance(module, GGUF) for module in model.net.modules())
+    dtype = "bfloat16" if blocks else str(model.net.embed_tokens.weight.dtype).removeprefix("torch.")
     config = {**model.hf_config, "architectures": [model.net.layout.architecture], "dtype": dtype}
     config.pop("torch_dtype", None)
     return config

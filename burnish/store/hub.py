@@ -17,18 +17,19 @@ HUB_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+(?:@[\w./-]+)?")
 
 
 def resolve(source: str | Path) -> Path:
-    """The folder of a model: a local path, "pebble" for the embedded model, or a hub id, downloaded if needed.
+    """The folder of a model: a local path, "pebble" for the embedded model, or a hub id, downloaded if needed; a GGUF
+    file itself.
 
     A hub id is `owner/name`, or `owner/name@revision` for a branch, tag or commit. Raises UserError for what is none of
     them, for a model that cannot be had, and for one that has no safetensors.
     """
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if (ASSETS / str(source) / "config.json").exists():
         return ASSETS / str(source)
     if path.is_file():
-        raise UserError(f"{path}: a file, where a checkpoint folder is needed")
+        raise UserError(f"{path}: a file, where a checkpoint folder is needed, or a file named .gguf")
     if isinstance(source, Path) or not HUB_ID.fullmatch(source) or source.startswith("."):
         raise UserError(f"{source}: no such folder, and not a hub id of the form owner/name")
     return _download(*source.partition("@")[::2])

@@ -13,8 +13,16 @@ KEPT = 1000  # checkpoints whose identity is remembered
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights, in the order that the identity hashes them."""
+    """The files that hold a checkpoint's weights, in the order that the identity hashes them; a GGUF file itself."""
+    if folder.is_file():
+        return [folder]
     return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("burnish.safetensors"))
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's tensors on disk."""
+    files = [folder] if folder.is_file() else folder.glob("*.safetensors")
+    return sum(path.stat().st_size for path in files)
 
 
 def identity(folder: Path) -> str:

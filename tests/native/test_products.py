@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from burnish.compress.gguf import FORMATS, GGUF
 from burnish.compress.int8 import Int8
 from burnish.compress.nf4 import NF4
 from burnish.model import linear
@@ -124,6 +125,25 @@ def test_products_with_bfloat16_weights(built, dtype, rows, columns):
         for shift in (None, bias):
             want = (wide if shift is None else wide + shift).to(dtype)
             assert_product(products.matmul(kind, x, shift, weight.shape, stored), want, x, weight)
+
+
+@dtypes
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rows", [1, 5, 130])
+@torch.no_grad()
+def test_gguf_blocks(built, name, dtype, rows):
+    """Made, expanded and multiplied; of 32 tokens a row's result is that of the token alone."""
+    dense = torch.randn(rows, 768 if name.endswith("k") else 320, generator=torch.Generator().manual_seed(rows))
+    weight, twin = GGUF.quantize(dense, name), plainly(lambda: GGUF.quantize(dense, name))
+    size = dense.norm()
+    assert abs((weight.dequantize() - dense).norm() - (twin.dequantize() - dense).norm()) < 0.005 * size
+    assert torch.equal(weight.dequantize_to(dtype), plainly(lambda: weight.dequantize_to(dtype)))
+    x, bias = activations(products.FEW_TOKENS, dense.shape[1], dtype), torch.randn(rows)
+    together = weight.matmul(x, bias)
+    wide = x.double() @ weight.dequantize().double().t() + bias
+    assert (together.double() - wide).norm() <= (1e-2 if dtype == torch.bfloat16 else 1e-4) * wide.norm()
+    for tokens in (1, 2, 3, 9):
+        assert torch.equal(weight.matmul(x[:tokens], bias), together[:tokens])
 
 
 @pytest.mark.parametrize("multiplies", [False, True])
