@@ -220,6 +220,8 @@ ROWS = {
     ),
     "int8": Row("weights", nothing, trained_with="lora"),
     "nf4": Row("weights", nothing, trained_with="lora"),
+    "int_groups": Row("weights", nothing, {"group_size": 16}, trained_with="lora"),
+    "gptq": Row("weights", nothing, {"group_size": 16, "nsamples": 2, "max_length": 8}, trained_with="lora"),
     "magnitude": Row("weights", nothing, trained_with="full"),
     "sparse_attention": Row("changed", nothing, BLOCKS, trained_with="lora"),
 }
@@ -245,6 +247,7 @@ LIMITS = (
     Limit(REFUSED, "transformers has no classifier of this kind", {"transfer"}, COUNTING | {"cohere", "mamba"}),
     Limit(REFUSED, "encoder gets a classification head only", {"transfer: lm"}, SEQ2SEQ | {*FOREIGN_ENCODERS}),
     Limit(REFUSED, "a chain applies each once", {"nf4"}, cells={"after NF4"}),
+    Limit(REFUSED, "is stored as NF4 already", {"gptq"}, cells={"after NF4"}),
     Limit(REFUSED, "prune before quantising", {"magnitude"}, cells={"after NF4"}),
     Limit(REFUSED, "classified examples cannot be packed, as a row has one class", {"transfer"}, cells={"packed"}),
     Limit(REFUSED, "an encoder-decoder's rows are not packed", families=SEQ2SEQ, cells={"packed"}),

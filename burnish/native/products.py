@@ -21,7 +21,7 @@ from burnish.device import multiplies_bfloat16
 from burnish.native import build
 
 DTYPES = (torch.float32, torch.bfloat16)
-NF4, INT8, DENSE, FLOATS = 0, 1, 2, 3
+NF4, INT8, DENSE, FLOATS, GROUPED = 0, 1, 2, 3, 4
 MOST_TOKENS = 32  # above it, expanding the matrix once and torch's product cost less
 MOST_DENSE_TOKENS = 4 if multiplies_bfloat16() else 32  # the same for bfloat16
 SMALL = 1 << 16  # weights below which waking a second thread costs more than it saves
@@ -84,6 +84,21 @@ def nf4_matmul(
 def int8_matmul(x: Tensor, bias: Tensor | None, values: Tensor, scale: Tensor) -> Tensor:
     """x (tokens, in) -> (tokens, out) in x's dtype; values (out, in) int8, scale (out,) float32."""
     return _matmul(INT8, x, bias, values.shape, as_stored(values, (scale,), None))
+
+
+def grouped_matmul(x: Tensor, bias: Tensor | None, shape: tuple[int, int], stored: Stored) -> Tensor:
+    """x (tokens, in) -> (tokens, out) in x's dtype, for a matrix of `shape` (out, in) with `in` a multiple of 64.
+
+    stored: packed (out, in / 2) uint8; zero (out, groups) uint8 or None; scale (out, groups) float16; two that are
+    None; and the sixteen levels and the group's size, a multiple of 32 or `in`, float32.
+    """
+    return _matmul(GROUPED, x, bias, shape, stored)
+
+
+def grouped_dequantize(shape: tuple[int, int], first: int, stored: Stored, out: Tensor) -> None:
+    """The rows from `first` of such a matrix into out (count, in), float32 or bfloat16."""
+    half, threads = out.dtype == torch.bfloat16, _threads(out.numel())
+    ready().grouped_dequantize(*map(_pointer, stored), *shape, first, len(out), _pointer(out), half, threads)
 
 
 def read_memory(memory: Tensor) -> None:
@@ -161,8 +176,8 @@ def ready() -> ctypes.CDLL:
 def _load(extra: Sequence[str] = ()) -> ctypes.CDLL | None:
     """The library built with `extra` flags; None where it cannot be had."""
     folder = Path(__file__).parent
-    sources = [folder / f"{name}.c" for name in ("products", "expand", "decode")]
-    found = build.load(sources, [folder / "weights.h"], extra)
+    sources = [folder / f"{name}.c" for name in ("products", "expand", "decode", "grouped")]
+    found = build.load(sources, [folder / "weights.h", folder / "grouped.h"], extra)
     if found is not None:
         pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         found.matmul.argtypes = [ctypes.c_char_p]
@@ -170,6 +185,7 @@ def _load(extra: Sequence[str] = ()) -> ctypes.CDLL | None:
         found.read_memory.argtypes, found.read_memory.restype = [pointer, count, flag], count
         found.nf4_dequantize.argtypes = [*[pointer] * 6, count, pointer, flag, flag]
         found.int8_dequantize.argtypes = [pointer, pointer, count, count, pointer, flag, flag]
+        found.grouped_dequantize.argtypes = [*[pointer] * 6, *[count] * 4, pointer, flag, flag]
         found.matmul.restype = found.decode.restype = flag
-        found.nf4_dequantize.restype = found.int8_dequantize.restype = None
+        found.nf4_dequantize.restype = found.int8_dequantize.restype = found.grouped_dequantize.restype = None
     return found

@@ -43,11 +43,11 @@
 
 typedef float lanes __attribute__((vector_size(VECTOR)));
 
-enum kind { NF4, INT8, DENSE, FLOATS };
+enum kind { NF4, INT8, DENSE, FLOATS, GROUPED };
 
 /* NF4: `bytes` two weights each; the constant of block b is constants[b], or with `codes` (one byte per block)
  * map[codes[b]] * constants[b / 256] + offset. int8: `bytes` one weight each and one constant per row. Dense: two bytes a
- * weight, in bfloat16, or four. */
+ * weight, in bfloat16, or four. Grouped: see grouped.h. */
 typedef struct {
     const uint8_t *bytes;
     const uint8_t *codes;
@@ -151,6 +151,7 @@ typedef struct {
     void *out;
     int out_half;
     int adds; /* to what `out`, in float32, holds */
+    int64_t sums; /* as in `meeting` */
 } product;
 
 /* How x lies beside the weights: as it is; of 64 positions the even ones before the odd ones; of 128 the four nibbles of
@@ -164,6 +165,7 @@ typedef struct {
     int64_t stride;     /* bytes of an arranged token */
     int64_t arranged;   /* bytes of all, padded to whole tiles */
     int64_t each;       /* bytes of a thread's room */
+    int64_t sums;       /* where an arranged token has its sums of 32 positions, 0 where it has none */
 } meeting;
 
 #define SHARED __attribute__((visibility("hidden")))
