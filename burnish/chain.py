@@ -38,6 +38,8 @@ TECHNIQUES = {
     "nf4": "burnish.compress.nf4",
     "int_groups": "burnish.compress.int_groups",
     "gptq": "burnish.compress.gptq",
+    "awq": "burnish.compress.awq",
+    "smoothquant": "burnish.compress.smoothquant",
     "magnitude": "burnish.compress.magnitude",
     "sparse_attention": "burnish.context.sparse_attention",
 }
