@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -16,12 +17,15 @@ from torch import Tensor, nn
 
 from burnish import world
 from burnish.config import UserError
+from burnish.model.attention import Attention
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import MULTIPLIES_BFLOAT16, Dense, Linear, Unread
 from burnish.model.network import Network
+from burnish.model.transformer import MLP
 
 TOKENS = 2048  # of a batch
 LONGEST = 1 << 20  # of a built-in sample, in documents
+KEPT = 1 << 28  # bytes of what one projection reads that may be kept
 
 
 class Stop(Exception):
@@ -30,16 +34,37 @@ class Stop(Exception):
 
 @dataclass
 class Call:
-    """What a layer is called with for one batch: hidden states, and all else."""
+    """What a layer is called with for one batch: hidden states, and all else.
+
+    `kept` has what the last projection of an attention or feed-forward reads, so that it is not computed again.
+    """
 
     x: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    kept: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     def run(self, layer: nn.Module) -> Tensor:
         """The layer's hidden states."""
-        out = layer(self.x, *self.args, **self.kwargs)
+        parts = [part for part in layer.modules() if last(part) in self.kept]
+        for part in parts:
+            part.forward = partial(self.end, last(part))
+        try:
+            out = layer(self.x, *self.args, **self.kwargs)
+        finally:
+            for part in parts:
+                del part.forward
         return out[0] if isinstance(out, tuple) else out
+
+    def end(self, linear: nn.Module, *given: Any) -> Tensor:
+        return linear(self.kept[linear])
+
+
+def last(part: nn.Module) -> nn.Module | None:
+    """The last projection of an attention or feed-forward of a native network."""
+    if isinstance(part, Attention):
+        return part.o_proj
+    return part.down_proj if isinstance(part, MLP) else None
 
 
 def batches(model: Model, context: Context, nsamples: int, max_length: int, technique: str) -> list[dict[str, Tensor]]:
@@ -202,6 +227,9 @@ def stages(layer: nn.Module, call: Call) -> list[list[tuple[str, Linear]]]:
 def inputs(layer: nn.Module, calls: Sequence[Call], linear: Linear) -> Iterator[Tensor]:
     """What a projection of the layer reads in each call, (tokens, in); the layer is run as far as that."""
     seen: list[Tensor] = []
+    ends = any(last(part) is linear for part in layer.modules())
+    size = sum(call.x.numel() for call in calls) // calls[0].x.shape[-1] * linear.in_features * 4
+    keep = ends and size <= KEPT
 
     def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
         seen.append(args[0].reshape(-1, args[0].shape[-1]))
@@ -213,6 +241,9 @@ def inputs(layer: nn.Module, calls: Sequence[Call], linear: Linear) -> Iterator[
             try:
                 call.run(layer)
             except Stop:
-                yield seen.pop()
+                x = seen.pop()
+                if keep:
+                    call.kept[linear] = x
+                yield x
     finally:
         hook.remove()

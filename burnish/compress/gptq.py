@@ -27,6 +27,8 @@ from burnish.native import plane
 
 NAME = "gptq"
 BLOCK = 128  # inputs between two updates by a product
+PIECE = 1 << 18  # weights whose grids are searched together
+GRAM = 512  # columns of X^T X computed together
 TRIES = 4  # each with ten times the dampening
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
@@ -134,9 +136,13 @@ def factorised(
 def gram_matrix(layer: nn.Module, calls: Sequence[calibration.Call], linear: Linear) -> Tensor:
     """X^T X of what a projection reads, float32."""
     gram = torch.zeros(linear.in_features, linear.in_features, device=calls[0].x.device)
+    parts = [(start, slice(start, start + GRAM)) for start in range(0, len(gram), GRAM)]
     for x in calibration.inputs(layer, calls, linear):
         wide = x.float()
-        gram.addmm_(wide.t(), wide)
+        for start, part in parts:  # the lower triangle
+            gram[start:, part].addmm_(wide[:, start:].t(), wide[:, part])
+    for _, part in parts:
+        gram[part, part.stop :] = gram[part.stop :, part].t()
     return gram
 
 
@@ -195,6 +201,9 @@ def quantise(dense: Tensor, factor: Tensor, order: Tensor, config: Config) -> tu
 def search(form: Form, groups: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """(scale, zero) of groups (..., size): of some grids, shrunk more and more, the one with the least error, inputs
     weighted by `weights` (..., size)."""
+    if groups.dim() > 2 and groups.numel() > PIECE:
+        parts = groups.split(max(1, PIECE // groups[0].numel()))
+        return tuple(map(torch.cat, zip(*(search(form, part, weights) for part in parts), strict=True)))  # type: ignore[return-value]
     best: list[Tensor] = []
     for shrink in SHRINKS:
         scale, zero = form.grid(groups, shrink)
