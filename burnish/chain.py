@@ -36,6 +36,10 @@ TECHNIQUES = {
     "p_tuning_v2": "burnish.tune.p_tuning_v2",
     "int8": "burnish.compress.int8",
     "nf4": "burnish.compress.nf4",
+    "int_groups": "burnish.compress.int_groups",
+    "gptq": "burnish.compress.gptq",
+    "awq": "burnish.compress.awq",
+    "smoothquant": "burnish.compress.smoothquant",
     "magnitude": "burnish.compress.magnitude",
     "sparse_attention": "burnish.context.sparse_attention",
 }

@@ -10,6 +10,7 @@ What is written goes under a name of its own, is read back, and gets its final n
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from burnish import chain
+from burnish import __version__, chain
 from burnish.chain import Model
 from burnish.config import UserError
 from burnish.engine.order import collated, encode
@@ -60,6 +61,15 @@ class ProofOptions:
     prompt_file: Path | None = field(default=None, metadata={"help": "texts to compare on, one a line; else built-in"})
     max_kl: float = field(default=0.1, metadata={"help": "nats a token beyond which the proof warns"})
     strict: bool = field(default=False, metadata={"help": "write nothing where the proof warns"})
+    json: bool = field(default=False, metadata={"help": "print JSON objects, the last for the whole"})
+
+
+@dataclass
+class Made:
+    """What was written: lines for people, figures for machines."""
+
+    lines: list[str]
+    figures: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -142,39 +152,53 @@ def compared(before: Said, after: Said) -> Report:
 
 
 def proven(
-    source: Callable[[], Model], write: Callable[[Model, Path], list[str]], output: Path, options: ProofOptions
-) -> list[str]:
-    """Let `write` put what it makes of the model of `source` under a name beside `output`; read it back, compare, and
-    give it the name `output`. Gives the lines to show: what `write` says and the proof's.
+    source: Callable[[], Model], write: Callable[[Model, Path], Made], output: Path, options: ProofOptions
+) -> int:
+    """Let `write` put what it makes of the model of `source` under a name beside `output`; read it back, compare, give
+    it the name `output`, and print what `write` says and the proof; 0.
 
-    A folder gets the report as `proof.json`. Raises UserError where `strict` is asked for and the proof warns; then,
-    and whenever something fails, nothing is left of what was written.
+    A folder gets the report as `proof.json` and all lines as a card, `README.md`. Raises UserError where `strict` is
+    asked for and the proof warns; then, and whenever something fails, nothing is left of what was written.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: is there already, and not empty; choose another name")
     texts = TEXTS if options.prompt_file is None else lines_of(options.prompt_file)
-    model = source()
+    model, report = source(), None
     looked = options.proof and model.tokenizer is not None and model.spec.head != "none"
     before = said(model, texts) if looked else None
+    name, identity = model.path, model.identity
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.{os.getpid()}{output.suffix}")
     try:
-        found = write(model, partial)
+        made = write(model, partial)
+        links = ", ".join(f"{link['name']} {brief(link['config'])}" for link in chain.describe(model)) or "nothing"
         del model  # before the result is read
         if before is not None:
             report = compared(before, said(load(partial), texts))
-            found += report.lines(options.max_kl)
+            made.lines += report.lines(options.max_kl)
             if options.strict and report.beyond(options.max_kl):
-                raise UserError(f"strict: nothing is written; {found[-1]}")
-            if partial.is_dir():
+                raise UserError(f"strict: nothing is written; {made.lines[-1]}")
+        if partial.is_dir():
+            if report is not None:
                 write_json(asdict(report), partial / "proof.json")
+            card = [f"# {output.name}", f"Made by burnish {__version__} of `{name}` ({identity}).", f"Applied: {links}"]
+            (partial / "README.md").write_text("\n\n".join([*card, *made.lines]) + "\n", encoding="utf-8")
         if output.is_dir():
             output.rmdir()
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         partial.unlink(missing_ok=True)
-    return [*found, f"saved to {output}"]
+    if options.json:
+        print(json.dumps({**made.figures, "output": str(output), "proof": report and asdict(report)}))
+    else:
+        print(*made.lines, f"saved to {output}", sep="\n")
+    return 0
+
+
+def brief(config: dict[str, Any]) -> str:
+    """A technique's config without its long lists, which are in burnish.json."""
+    return json.dumps({name: value for name, value in config.items() if not isinstance(value, list | dict)})
 
 
 def lines_of(path: Path) -> list[str]:

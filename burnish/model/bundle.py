@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,11 +41,13 @@ class Link:
 
 @dataclass
 class Context:
-    """What `apply` may use: batches for calibration, a seed, the examples to train on as the data gave them."""
+    """What `apply` may use: batches for calibration, a seed, the examples to train on as the data gave them, and who is
+    told how far it is, in numbers."""
 
     batches: Sequence[dict[str, Tensor]] = ()
     seed: int = 0
     examples: Sequence[Example] = ()
+    report: Callable[[dict[str, Any]], None] = lambda record: None
 
 
 @dataclass

@@ -124,7 +124,7 @@ static void project(const stack *s, const projection *parts, int count, const fl
             arrange(&m, x, 0, rows, part->w.columns, own->arranged);
             met = m;
         }
-        const product p = {&part->w, own->arranged, m.stride, rows, part->bias, outs[i], 0, adds};
+        const product p = {&part->w, own->arranged, m.stride, rows, part->bias, outs[i], 0, adds, m.sums};
         multiply(part->kind, &m, &p, own->rooms);
     }
 #pragma omp barrier

@@ -7,7 +7,7 @@
  * that it depends neither on the number of threads nor on the other tokens.
  */
 
-#include "weights.h"
+#include "grouped.h"
 
 #define DEPTH 128
 #define MOST_AT_ONCE 320 /* tokens, so that a unit's sums fit the second cache */
@@ -33,7 +33,21 @@ typedef struct {
     int64_t unit;
 } task;
 
-/* `count` weights of a row from the `first`-th on; int8 without its scale, NF4's blocks the even positions first. */
+/* 64 weights of four bits in groups. */
+INLINE chunk expand_of_group(const matrix *w, int64_t row, int64_t first) {
+    const int64_t size = (int64_t)w->levels[16], groups = (w->columns + size - 1) / size;
+    float scales[2], shifts[2];
+    for (int i = 0; i < 2; i++) {
+        const int64_t at = row * groups + (first + i * GROUP_UNIT) / size;
+        scales[i] = widen_float16(((const uint16_t *)w->constants)[at]);
+        shifts[i] = w->codes ? scales[i] * (8.0f - w->codes[at]) : 0;
+    }
+    chunk c = expand_grouped(w->levels, w->bytes + (row * w->columns + first) / 2, scales);
+    EVERY(i, PARTS) c.part[i] += shifts[i % (PARTS / 2) >= PARTS / 4];
+    return c;
+}
+
+/* `count` weights of a row from the `first`-th on; int8 without its scale, nibbles of 64 the even positions first. */
 static void expand_row(enum kind kind, const matrix *w, int64_t row, int64_t first, int64_t count, float *out) {
     const int64_t at = row * w->columns + first;
     if (kind == NF4) {
@@ -42,6 +56,11 @@ static void expand_row(enum kind kind, const matrix *w, int64_t row, int64_t fir
         for (int64_t b = 0; b < count / BLOCK; b++) {
             const chunk c = expand_nf4(w->levels, w->bytes + at / 2 + b * (BLOCK / 2), scales[b]);
             memcpy(out + b * BLOCK, &c, sizeof c);
+        }
+    } else if (kind == GROUPED) {
+        for (int64_t i = 0; i < count; i += BLOCK) {
+            const chunk c = expand_of_group(w, row, first + i);
+            memcpy(out + i, &c, sizeof c);
         }
     } else if (kind == INT8) {
         const int8_t *from = (const int8_t *)w->bytes + at;
@@ -183,7 +202,7 @@ int multiply_many(enum kind kind, const matrix *w, const void *x, int half, int6
         const char *from = (const char *)x + first * w->columns * size;
         const task p = {kind, w, bias, (char *)out + first * w->rows * size, half, room, count, padded, unit};
         float *own = room + w->columns * most + THREAD * each;
-        pack(from, half, kind == NF4, w->columns, count, padded, room);
+        pack(from, half, kind == NF4 || kind == GROUPED, w->columns, count, padded, room);
 #pragma omp for schedule(dynamic)
         for (int64_t row = 0; row < w->rows; row += unit) rows_of(&p, row, own, own + MOST_UNIT * DEPTH);
     }

@@ -1,7 +1,7 @@
 /* Products of few tokens with stored weights on a CPU, for the threads of one team.
  *
- * out (tokens, rows) = x (tokens, columns) W^T + bias, for W stored as NF4 blocks of 64, int8 rows, bfloat16, float32 or
- * GGUF's blocks.
+ * out (tokens, rows) = x (tokens, columns) W^T + bias, for W stored as NF4 blocks of 64, four bits in groups, int8 rows,
+ * bfloat16, float32 or GGUF's blocks.
  * The stored bytes are read from memory once and expanded in registers.
  * At few tokens the product is bound by the bytes of W that memory delivers, and memory gives most where several rows, far
  * apart, are read at once, each from its beginning to its end, and the next bytes of each are fetched early. Sums are
@@ -18,7 +18,7 @@
  * x is put into that order once per call instead of the weights once per row.
  */
 
-#include "weights.h"
+#include "grouped.h"
 
 /* 64 whole numbers. */
 INLINE chunk expand_int8(const uint8_t *bytes) {
@@ -96,8 +96,8 @@ INLINE four totals(int all, lanes a, lanes b, lanes c, lanes d) {
 }
 
 /* Rows worked on at once: `count` of them from `first`, `apart` rows from one to the next; beyond them the last again,
- * which is not stored. `scales` has the constants of each, `blocks` + 1 a row with a zero at the end, and `rests` what is
- * left of each after the last bytes that are read at once. */
+ * which is not stored. `scales` has the constants of each, `blocks` + 1 a row with a zero at the end (grouped.h tells
+ * GROUPED's), and `rests` what is left of each after the last bytes that are read at once. */
 typedef struct {
     int64_t first, apart, count, blocks, row_bytes;
     float *scales;
@@ -111,12 +111,12 @@ typedef struct {
     int64_t first[MOST_HEIGHT]; /* block of each */
 } lines;
 
-INLINE lines lines_of(int height, const matrix *w, const group *g, int64_t r0) {
+INLINE lines lines_of(enum kind kind, int height, const matrix *w, const group *g, int64_t r0) {
     lines found;
     for (int r = 0; r < height; r++) {
         const int64_t row = min(r0 + r, g->count - 1);
         found.bytes[r] = w->bytes + (g->first + row * g->apart) * g->row_bytes;
-        found.scales[r] = g->scales + row * (g->blocks + 1);
+        found.scales[r] = g->scales + row * constants_of(kind, g->blocks);
         found.first[r] = (g->first + row * g->apart) * g->blocks;
         found.rests[r] = g->rests + row * MOST_REST;
     }
@@ -147,7 +147,12 @@ INLINE void store(enum kind kind, int height, int width, const product *p, lanes
         if (p->bias) bias[r] = p->out_half ? widen(((const uint16_t *)p->bias)[row]) : ((const float *)p->bias)[row];
     }
     for (int t = 0; t < width && t < tokens; t++) {
-        const four total = totals(all, sums[0][t], sums[1][t], sums[2 * all][t], sums[3 * all][t]) * scale + bias;
+        four total = totals(all, sums[0][t], sums[1][t], sums[2 * all][t], sums[3 * all][t]) * scale + bias;
+        if (kind == GROUPED && p->w->codes)
+            for (int r = 0; r < rows; r++) {
+                const float *scales = g->scales + (r0 + r) * constants_of(kind, g->blocks);
+                total[r] += of_zeros(scales, p->x + (token + t) * p->stride + p->sums, g->blocks);
+            }
         for (int r = 0; r < height && r < rows; r++) {
             const int64_t at = (token + t) * p->w->rows + g->first + (r0 + r) * g->apart;
             if (p->out_half)
@@ -163,6 +168,7 @@ INLINE chunk expand(enum kind kind, int half, const matrix *w, const lines *rows
     const uint8_t *from = rows->bytes[r] + stored(kind, block * BLOCK);
     for (int64_t at = 0; at < stored(kind, BLOCK); at += 64) FETCH(from + at);
     if (kind == NF4) return expand_nf4(w->levels, from, rows->scales[r][block]);
+    if (kind == GROUPED) return expand_grouped(w->levels, from, rows->scales[r] + 2 * block);
     if (kind == INT8) return expand_int8(from);
     if (kind == DENSE) return expand_dense(from, half);
     chunk c;
@@ -175,7 +181,7 @@ INLINE void plain_tile(enum kind kind, int half, int height, int width, const pr
                        int64_t token) {
     const int parts = half ? 2 : PARTS;
     const char *x = p->x + token * p->stride;
-    lines rows = lines_of(height, p->w, g, r0);
+    lines rows = lines_of(kind, height, p->w, g, r0);
     lanes sums[MOST_HEIGHT][MOST_WIDTH];
     clear(height, width, sums);
     for (int64_t b = 0; b < g->blocks; b++, x += parts * VECTOR) {
@@ -198,7 +204,7 @@ INLINE void plain_tile(enum kind kind, int half, int height, int width, const pr
 INLINE void gguf_tile(enum kind kind, int height, int width, const product *p, const group *g, int64_t r0,
                       int64_t token) {
     const char *x = p->x + token * p->stride;
-    const lines rows = lines_of(height, p->w, g, r0);
+    const lines rows = lines_of(kind, height, p->w, g, r0);
     lanes sums[MOST_HEIGHT][MOST_WIDTH];
     clear(height, width, sums);
     for (int64_t b = 0; b < g->blocks; b++, x += 4 * BLOCK) {
@@ -220,8 +226,13 @@ INLINE void gguf_tile(enum kind kind, int height, int width, const product *p, c
 /* Whether the constants are looked up as they are needed, two blocks of one group at a time. */
 INLINE int looked_up(const matrix *w, int64_t blocks) { return w->codes && blocks % 2 == 0; }
 
-/* The constants of two blocks of row r, 8 lanes each. */
-INLINE lanes of_pair(const matrix *w, const group *g, const lines *rows, int r, int64_t block) {
+/* The constants of two blocks of row r, 8 lanes each, or of four times 32 weights. */
+INLINE lanes of_pair(enum kind kind, const matrix *w, const group *g, const lines *rows, int r, int64_t block) {
+    if (kind == GROUPED) {
+        const __m512i of_unit = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+        const __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(rows->scales[r] + 2 * block));
+        return (lanes)_mm512_permutexvar_ps(of_unit, four);
+    }
     if (looked_up(w, g->blocks)) {
         const int64_t at = rows->first[r] + block;
         const __m512 low = _mm512_set1_ps(w->map[w->codes[at]]), high = _mm512_set1_ps(w->map[w->codes[at + 1]]);
@@ -234,12 +245,12 @@ INLINE lanes of_pair(const matrix *w, const group *g, const lines *rows, int r, 
     return (lanes)_mm512_permutexvar_ps(of_block, _mm512_castpd_ps(_mm512_set1_pd(two)));
 }
 
-/* The same for NF4 in float32, two blocks at a time: nibble i of 16 words is one lookup, and a product's 16 sums, 8 of
+/* The same for four bits in float32, two blocks at a time: nibble i of 16 words is one lookup, and a product's 16 sums, 8 of
  * each block, meet the constants afterwards. */
-INLINE void nf4_tile(int height, int width, const product *p, const group *g, int64_t r0, int64_t token) {
+INLINE void nibble_tile(enum kind kind, int height, int width, const product *p, const group *g, int64_t r0, int64_t token) {
     const __m512 levels = _mm512_loadu_ps(p->w->levels);
     const char *x = p->x + token * p->stride;
-    lines rows = lines_of(height, p->w, g, r0);
+    lines rows = lines_of(kind, height, p->w, g, r0);
     lanes sums[MOST_HEIGHT][MOST_WIDTH];
     clear(height, width, sums);
     for (int64_t b = 0; b < g->blocks; b += 2, x += 8 * BLOCK) {
@@ -257,29 +268,31 @@ INLINE void nf4_tile(int height, int width, const product *p, const group *g, in
             EVERY(t, width) sum[r][t] = dot(part, x + t * p->stride + 64 * i, sum[r][t], 0);
         }
         EVERY(r, height) {
-            const lanes scale = of_pair(p->w, g, &rows, r, b);
+            const lanes scale = of_pair(kind, p->w, g, &rows, r, b);
             EVERY(t, width) sums[r][t] = multiply_add(sum[r][t], scale, sums[r][t]);
         }
     }
-    store(NF4, height, width, p, sums, g, r0, token);
+    store(kind, height, width, p, sums, g, r0, token);
 }
 #endif
 
 #ifdef WHOLE_NUMBERS
 #define LEVEL 8191.0f /* that stands for 1: eight products of 16 bits by it fit 32 */
 
-/* int8 or NF4 by 16-bit activations, 128 positions at a time, whose scale is behind them in x. Nibble i of 32 words is one
+/* int8 or four bits by 16-bit activations, 128 positions at a time, whose scale is behind them in x. Nibble i of 32 words is one
  * lookup, in a table that stands twice, since it takes five bits. */
 INLINE void whole_tile(enum kind kind, int height, int width, const product *p, const group *g, int64_t r0,
                        int64_t token) {
     const int64_t pairs = (g->blocks + 1) / 2, size = stored(kind, 2 * BLOCK);
+    const int nibbles = kind == NF4 || kind == GROUPED;
     __m512i table = {0};
-    if (kind == NF4) {
-        const __m512 levels = _mm512_mul_ps(_mm512_loadu_ps(p->w->levels), _mm512_set1_ps(LEVEL));
+    if (nibbles) {
+        const float one = kind == NF4 ? LEVEL : GROUPED_LEVEL;
+        const __m512 levels = _mm512_mul_ps(_mm512_loadu_ps(p->w->levels), _mm512_set1_ps(one));
         table = _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(_mm512_cvtps_epi32(levels)));
     }
     const char *x = p->x + token * p->stride, *rates = x + 4 * BLOCK * pairs;
-    lines rows = lines_of(height, p->w, g, r0);
+    lines rows = lines_of(kind, height, p->w, g, r0);
     lanes sums[MOST_HEIGHT][MOST_WIDTH];
     clear(height, width, sums);
     for (int64_t b = 0; b < pairs; b++, x += 4 * BLOCK, rates += 4) {
@@ -288,7 +301,7 @@ INLINE void whole_tile(enum kind kind, int height, int width, const product *p, 
             const uint8_t *from = rows.bytes[r] + b * size;
             __m512i part[4];
             FETCH(from);
-            if (kind == NF4) {
+            if (nibbles) {
                 const __m512i words = _mm512_loadu_si512(from);
                 EVERY(i, 4)
                     part[i] = _mm512_permutexvar_epi16(i ? _mm512_srli_epi16(words, 4 * i) : words, table);
@@ -296,7 +309,7 @@ INLINE void whole_tile(enum kind kind, int height, int width, const product *p, 
                 FETCH(from + 64);
                 EVERY(i, 4) part[i] = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from + i));
             }
-            const lanes pair = kind == NF4 ? of_pair(p->w, g, &rows, r, 2 * b) : (lanes){0};
+            const lanes pair = nibbles ? of_pair(kind, p->w, g, &rows, r, 2 * b) : (lanes){0};
             EVERY(t, width) {
                 const char *own = x + t * p->stride;
                 __m512i sum = _mm512_setzero_si512(), other = sum;
@@ -306,7 +319,7 @@ INLINE void whole_tile(enum kind kind, int height, int width, const product *p, 
                 other = _mm512_dpwssd_epi32(other, part[3], _mm512_loadu_si512(own + 192));
                 float rate;
                 memcpy(&rate, rates + t * p->stride, 4);
-                const lanes scale = kind == NF4 ? pair * rate : (lanes)_mm512_set1_ps(rate);
+                const lanes scale = nibbles ? pair * rate : (lanes)_mm512_set1_ps(rate);
                 const __m512 wide = _mm512_cvtepi32_ps(_mm512_add_epi32(sum, other));
                 sums[r][t] = multiply_add((lanes)wide, scale, sums[r][t]);
             }
@@ -352,7 +365,7 @@ INLINE void gguf_whole_tile(enum kind kind, int height, int width, const product
                             int64_t token) {
     const int parts = kind < Q4_K ? 2 : 8, shifted = kind == Q4_K || kind == Q5_K; /* of 32 weights, done at once */
     const char *x = p->x + token * p->stride, *rates = x + even(g->blocks) * 2 * BLOCK;
-    const lines rows = lines_of(height, p->w, g, r0);
+    const lines rows = lines_of(kind, height, p->w, g, r0);
     lanes sums[MOST_HEIGHT][MOST_WIDTH];
     clear(height, width, sums);
     for (int64_t at = 0; at < 2 * g->blocks; at += parts, x += 64 * parts) {
@@ -415,8 +428,8 @@ INLINE void tile(enum kind kind, enum arithmetic how, int height, int width, con
         return;
     }
 #ifdef WIDE
-    if (kind == NF4) {
-        nf4_tile(height, width, p, g, r0, token);
+    if (kind == NF4 || kind == GROUPED) {
+        nibble_tile(kind, height, width, p, g, r0, token);
         return;
     }
 #endif
@@ -434,7 +447,7 @@ INLINE int64_t height_of(enum kind kind, enum arithmetic how, int64_t tokens) {
 /* A group of rows by all tokens. */
 INLINE void rows_of(enum kind kind, enum arithmetic how, const product *p, group *g) {
     const matrix *w = p->w;
-    const int64_t size = how == WHOLE && kind == INT8 ? 128 : kind == NF4 && VECTOR < 64 ? 32 : 64;
+    const int64_t size = how == WHOLE && kind == INT8 ? 128 : (kind == NF4 || kind == GROUPED) && VECTOR < 64 ? 32 : 64;
     const int64_t rest = g->row_bytes % size, tokens = p->tokens;
     for (int64_t r = 0; r < g->count; r++) {
         const int64_t row = g->first + r * g->apart;
@@ -443,6 +456,7 @@ INLINE void rows_of(enum kind kind, enum arithmetic how, const product *p, group
             expand_constants(w, row * g->blocks, g->blocks, scales);
             scales[g->blocks] = 0; /* read where a last block has no pair */
         }
+        if (kind == GROUPED) expand_groups(w, row, g->blocks, how, g->scales + r * constants_of(kind, g->blocks));
         if (rest) {
             memset(g->rests + r * MOST_REST, 0, MOST_REST);
             memcpy(g->rests + r * MOST_REST, w->bytes + (row + 1) * g->row_bytes - rest, rest);
@@ -481,12 +495,15 @@ ROWS_OF(q4_0_rows, Q4_0, OF_GGUF)
 ROWS_OF(q4_k_rows, Q4_K, OF_GGUF)
 ROWS_OF(q5_k_rows, Q5_K, OF_GGUF)
 ROWS_OF(q6_k_rows, Q6_K, OF_GGUF)
+ROWS_OF(grouped_widened, GROUPED, WIDENED)
 #ifdef WHOLE_NUMBERS
 ROWS_OF(nf4_whole, NF4, WHOLE)
 ROWS_OF(int8_whole, INT8, WHOLE)
+ROWS_OF(grouped_whole, GROUPED, WHOLE)
 #else
 #define nf4_whole nf4_widened
 #define int8_whole int8_widened
+#define grouped_whole grouped_widened
 #endif
 #ifdef PAIRS
 ROWS_OF(dense_halves, DENSE, HALVES)
@@ -503,24 +520,29 @@ INLINE int place(enum order order, int i) { /* of what comes to position i of 12
 }
 
 meeting meet(enum kind kind, int64_t columns, int x_half, int64_t tokens) {
-    meeting m = {NATURAL, WIDENED, 0, 0, 0};
+    const int nibbles = kind == NF4 || kind == GROUPED;
+    meeting m = {NATURAL, WIDENED, 0, 0, 0, 0};
 #ifdef PAIRS
     if (x_half && kind == DENSE && tokens > 1) m.how = HALVES;
 #endif
 #ifdef WHOLE_NUMBERS
-    if (kind >= Q8_0 || (x_half && (kind == NF4 || kind == INT8))) m.how = WHOLE;
+    if (kind >= Q8_0 || (x_half && (nibbles || kind == INT8))) m.how = WHOLE;
 #endif
 #ifdef WIDE
-    if (kind == NF4) m.order = m.how == WHOLE ? NIBBLES : LONG_NIBBLES;
+    if (nibbles) m.order = m.how == WHOLE ? NIBBLES : LONG_NIBBLES;
     if (kind == DENSE && m.how == WIDENED) m.order = EVENS;
 #else
-    if (kind == NF4) m.order = SPLIT;
+    if (nibbles) m.order = SPLIT;
 #endif
     const int64_t blocks = (columns + BLOCK - 1) / BLOCK, padded = (tokens + MOST_WIDTH - 1) / MOST_WIDTH * MOST_WIDTH;
     m.stride = even(blocks) * BLOCK * (m.how == WIDENED ? 4 : 2);
     if (m.how == WHOLE) m.stride += (even(blocks) * 2 + 63) / 64 * 64; /* a scale for each pair of blocks */
+    if (kind == GROUPED) {
+        m.sums = m.stride;
+        m.stride += (even(blocks) * 8 + 63) / 64 * 64;
+    }
     m.arranged = padded * m.stride;
-    m.each = MOST_HEIGHT * (MOST_REST + (blocks + 1) * 4 + 64) / 64 * 64;
+    m.each = MOST_HEIGHT * (MOST_REST + constants_of(kind, blocks) * 4 + 64) / 64 * 64;
     return m;
 }
 
@@ -533,6 +555,12 @@ INLINE void arrange_piece(enum order order, const meeting *m, const void *x, int
     else if (count > 0)
         memcpy(wide, x, 4 * count);
     for (int i = 0; i < 2 * BLOCK; i++) placed[i] = wide[one_by_one(place(order, i))];
+    if (m->sums)
+        for (int unit = 0; unit < 2 * BLOCK / GROUP_UNIT; unit++) {
+            float sum = 0;
+            for (int i = 0; i < GROUP_UNIT; i++) sum += wide[unit * GROUP_UNIT + i];
+            ((float *)(token + m->sums))[at / GROUP_UNIT + unit] = sum;
+        }
     if (m->how == WIDENED) {
         memcpy((float *)token + at, placed, sizeof placed);
     } else if (m->how == HALVES) {
@@ -576,6 +604,7 @@ void multiply(enum kind kind, const meeting *m, const product *p, char *rooms) {
                                      {int8_widened, NULL, int8_whole},
                                      {dense_widened, dense_halves, NULL},
                                      {floats_widened, NULL, NULL},
+                                     [GROUPED] = {grouped_widened, NULL, grouped_whole},
                                      [Q8_0] = {[OF_GGUF] = q8_0_rows},
                                      [Q4_0] = {[OF_GGUF] = q4_0_rows},
                                      [Q4_K] = {[OF_GGUF] = q4_k_rows},
@@ -617,7 +646,7 @@ int matmul(const request *q) {
     const meeting m = meet(q->kind, q->w.columns, q->x_half, q->tokens);
     char *arranged = aligned_alloc(64, m.arranged + q->threads * m.each);
     if (!arranged) return 1;
-    const product p = {&q->w, arranged, m.stride, q->tokens, q->bias, q->out, q->x_half, 0};
+    const product p = {&q->w, arranged, m.stride, q->tokens, q->bias, q->out, q->x_half, 0, m.sums};
 #pragma omp parallel num_threads(q->threads) if (q->threads > 1)
     {
         arrange(&m, q->x, q->x_half, q->tokens, q->w.columns, arranged);

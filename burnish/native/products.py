@@ -21,8 +21,8 @@ from burnish.device import multiplies_bfloat16
 from burnish.native import build
 
 DTYPES = (torch.float32, torch.bfloat16)
-NF4, INT8, DENSE, FLOATS = 0, 1, 2, 3
-Q8_0, Q4_0, Q4_K, Q5_K, Q6_K = 4, 5, 6, 7, 8  # GGUF's formats
+NF4, INT8, DENSE, FLOATS, GROUPED = 0, 1, 2, 3, 4
+Q8_0, Q4_0, Q4_K, Q5_K, Q6_K = 5, 6, 7, 8, 9  # GGUF's formats
 FEW_TOKENS = 32  # that `products.c` multiplies
 MULTIPLIES_BFLOAT16 = multiplies_bfloat16()
 FEW_DENSE_TOKENS = 4  # above it, a processor that multiplies bfloat16 is faster by torch
@@ -54,7 +54,7 @@ def fits(x: Tensor, kind: int) -> bool:
         return False
     if x.dtype is torch.float32:
         return kind != FLOATS  # which torch multiplies
-    return not MULTIPLIES_BFLOAT16 or len(x) <= (FEW_DENSE_TOKENS if kind >= DENSE else FEW_TOKENS)
+    return not MULTIPLIES_BFLOAT16 or len(x) <= (FEW_DENSE_TOKENS if kind == DENSE else FEW_TOKENS)
 
 
 def matmul(kind: int, x: Tensor, bias: Tensor | None, shape: Sequence[int], stored: Stored) -> Tensor:
@@ -71,6 +71,12 @@ def matmul(kind: int, x: Tensor, bias: Tensor | None, shape: Sequence[int], stor
     if ready().matmul(REQUEST.pack(kind, *map(_pointer, stored), *given)):
         raise MemoryError(f"no memory for {tokens} x {columns} activations")
     return out
+
+
+def grouped_dequantize(shape: tuple[int, int], first: int, stored: Stored, out: Tensor) -> None:
+    """The rows from `first` of a matrix of four bits in groups into out (count, in), float32 or bfloat16."""
+    half, threads = out.dtype == torch.bfloat16, _threads(out.numel())
+    ready().grouped_dequantize(*map(_pointer, stored), *shape, first, len(out), _pointer(out), half, threads)
 
 
 def read_memory(memory: Tensor) -> None:
@@ -120,6 +126,8 @@ def as_stored(values: Tensor, constants: Sequence[Tensor], levels: Tensor | None
 
     NF4: values packed (out * in / 2,) uint8, `in` a multiple of 64; constants (absmax float32,) per block of 64, or
     (codes uint8 per block, absmax2 float32 per 256 blocks, offset float32, map (256,) float32); levels (16,) float32.
+    Four bits in groups: packed (out, in / 2) uint8; zero (out, groups) uint8 or None; scale (out, groups) float16; two
+    that are None; and the sixteen levels and the group's size, a multiple of 32 or `in`, float32.
     int8: values (out, in) int8, constants (scale (out,) float32,). Dense: values (out, in) bfloat16 or float32, `in` a
     multiple of 64.
     """
@@ -151,8 +159,8 @@ def ready() -> ctypes.CDLL:
 def _load(extra: Sequence[str] = ()) -> ctypes.CDLL | None:
     """The library built with `extra` flags; None where it cannot be had."""
     folder = Path(__file__).parent
-    sources = [folder / f"{name}.c" for name in ("products", "gemm", "expand", "decode", "gguf")]
-    found = build.load(sources, [folder / "weights.h", folder / "gguf.h"], extra)
+    sources = [folder / f"{name}.c" for name in ("products", "gemm", "expand", "decode", "grouped", "gguf")]
+    found = build.load(sources, [folder / f"{name}.h" for name in ("weights", "grouped", "gguf")], extra)
     if found is not None:
         pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         found.matmul.argtypes = [ctypes.c_char_p]
@@ -163,6 +171,7 @@ def _load(extra: Sequence[str] = ()) -> ctypes.CDLL | None:
         found.gguf_quantize.argtypes = [flag, pointer, count, pointer, flag]
         found.gguf_dequantize.argtypes = [flag, pointer, count, pointer, flag, flag]
         found.gguf_quantize.restype = found.gguf_dequantize.restype = None
+        found.grouped_dequantize.argtypes = [*[pointer] * 6, *[count] * 4, pointer, flag, flag]
         found.matmul.restype = found.decode.restype = flag
-        found.nf4_dequantize.restype = found.int8_dequantize.restype = None
+        found.nf4_dequantize.restype = found.int8_dequantize.restype = found.grouped_dequantize.restype = None
     return found

@@ -1,5 +1,6 @@
 /* Stored weights, and what a product of few tokens with them is made of. */
 
+#pragma once
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -47,11 +48,11 @@
 
 typedef float lanes __attribute__((vector_size(VECTOR)));
 
-enum kind { NF4, INT8, DENSE, FLOATS, Q8_0, Q4_0, Q4_K, Q5_K, Q6_K }; /* the last five are GGUF's: gguf.h */
+enum kind { NF4, INT8, DENSE, FLOATS, GROUPED, Q8_0, Q4_0, Q4_K, Q5_K, Q6_K }; /* the last five are GGUF's: gguf.h */
 
 /* NF4: `bytes` two weights each; the constant of block b is constants[b], or with `codes` (one byte per block)
  * map[codes[b]] * constants[b / 256] + offset. int8: `bytes` one weight each and one constant per row. Dense: two bytes a
- * weight, in bfloat16, or four. GGUF: rows of whole blocks. */
+ * weight, in bfloat16, or four. Grouped: see grouped.h. GGUF: rows of whole blocks. */
 typedef struct {
     const uint8_t *bytes;
     const uint8_t *codes;
@@ -105,7 +106,7 @@ INLINE uint64_t one_by_one(uint64_t index) {
 /* Bytes of `count` weights of a row. */
 INLINE int64_t stored(enum kind kind, int64_t count) {
     if (kind >= Q8_0) return gguf_bytes(kind, count);
-    return kind == NF4 ? count / 2 : kind == INT8 ? count : kind == DENSE ? 2 * count : 4 * count;
+    return kind == NF4 || kind == GROUPED ? count / 2 : kind == INT8 ? count : kind == DENSE ? 2 * count : 4 * count;
 }
 
 INLINE lanes multiply_add(lanes a, lanes b, lanes sum) {
@@ -175,6 +176,7 @@ typedef struct {
     void *out;
     int out_half;
     int adds; /* to what `out`, in float32, holds */
+    int64_t sums; /* as in `meeting` */
 } product;
 
 /* How x lies beside the weights: as it is; of 64 positions the even ones before the odd ones; of 128 the four nibbles of
@@ -188,6 +190,7 @@ typedef struct {
     int64_t stride;     /* bytes of an arranged token */
     int64_t arranged;   /* bytes of all, padded to whole tiles */
     int64_t each;       /* bytes of a thread's room */
+    int64_t sums;       /* where an arranged token has its sums of 32 positions, 0 where it has none */
 } meeting;
 
 #define SHARED __attribute__((visibility("hidden")))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,18 @@ from burnish.model.network import Layout, Network
 from burnish.model.spec import Head
 from burnish.place.offload import Offload
 from burnish.place.units import movable
-from burnish.store import adapters, gguf_tokenizer
+from burnish.store import adapters, gguf_tokenizer, gptq_layout
 from burnish.store.gguf_model import TABLE, opened
 from burnish.store.hub import resolve
 from burnish.store.identity import identity
-from burnish.store.tensors import Entry, Held, read_folder, write_json, write_tensors
+from burnish.store.tensors import Entry, Held, Later, read_folder, write_json, write_tensors
 from burnish.store.tokenizer import load_tokenizer, save_tokenizer
 
 DENSE = ".weight.dense"
 BLOCKS = re.compile(r"\.(storage|weight)\.blocks$")  # of a GGUF file's matrix
+Source = Entry | Held | gptq_layout.Part
 Stored = dict[str, Entry | Held]
-Plan = dict[str, tuple[Entry | Held, bool, torch.dtype]]  # parameter -> its tensor, whether transposed, its dtype
+Plan = dict[str, tuple[Source, bool, torch.dtype]]  # parameter -> its tensor, whether transposed, its dtype
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -92,6 +93,7 @@ def load(
         )
     gguf = opened(base) if base.is_file() else None
     hf_config = gguf.config if gguf else read_json(base / "config.json")
+    quantization = hf_config.pop("quantization_config", None)
     quantised = base == folder and not (folder / "model.safetensors").exists() and bool(extras)
     entries = {} if quantised or gguf else read_folder(base)
     spec = read_spec(hf_config, head, {*entries, *extras})
@@ -99,20 +101,28 @@ def load(
         spec = read_spec(hf_config, "none", {*entries, *extras})
     with torch.device("meta"):
         model = Model(build(spec, hf_config), None, hf_config, path=origin(source))
+    held = None if quantised or gguf else model.net.read_converted(base)
+    stored: Stored = dict(entries) if held is None else {name: Held(tensor) for name, tensor in held.items()}
+    stored = canonical(stored, model.net.layout)
+    groups: dict[str, gptq_layout.Part] = {}
+    if quantization is not None and not quantised:
+        packed, stored = gptq_layout.read(quantization, model.net, stored, str(base / "config.json"))
+        groups = packed.parts()
+    with torch.device("meta"):
         if gguf is not None:
             gguf.rebuild(model.net, dtype)
+        if groups:
+            chains.rebuild(model, packed.links(chain))
         if adapter is not None:
             extras = adapters.rebuild(model, adapter)
         else:
             chains.rebuild(model, chain)
-    held = None if quantised else model.net.read_converted(base)
-    stored: Stored = dict(entries) if held is None else {name: Held(tensor) for name, tensor in held.items()}
-    later = set() if chain else chains.stored_anew(model, techniques)
+    later = set() if model.chain else chains.stored_anew(model, techniques)
     if unread:
         bodies = ((path, part) for path, part in model.net.named_modules() if path.startswith(model.net.body))
         later = {path for path, part in bodies if isinstance(part, Linear)}
-    extras = {**gguf.tensors, **extras} if gguf else extras
-    plan = match(model, canonical(stored, model.net.layout), extras, folder, dtype)
+    beside: Mapping[str, Source] = gguf.tensors if gguf else groups
+    plan = match(model, stored, {**beside, **extras}, folder, dtype)
     away = movable(model.net, bool(model.chain)) if memory_limit is not None else set()
     away.discard(TABLE)  # rows of it are looked up
     limited = {name: (x, y, z) for name, (x, y, z) in plan.items() if name in away and type(x) is Entry}
@@ -191,7 +201,7 @@ def stored_names(model: Model) -> dict[str, tuple[str, str | None]]:
     return names
 
 
-def match(model: Model, entries: Stored, extras: dict[str, Entry], folder: Path, dtype: torch.dtype | None) -> Plan:
+def match(model: Model, entries: Stored, extras: Mapping[str, Source], folder: Path, dtype: torch.dtype | None) -> Plan:
     """Every parameter's stored tensor; raises one UserError that lists all that do not match."""
     net, layout = model.net, model.net.layout
     plan: Plan = {}
@@ -283,8 +293,10 @@ def save(model: Model, folder: str | Path) -> Path:
     )
     complete = complete or not model.chain
     dense = all(isinstance(m, Dense | GGUF) for m in model.net.modules() if isinstance(m, Weight))
+    groups = gptq_layout.fits(model.net) if complete else {}
     parameters = model.net.stored_tensors()
     foreign: dict[str, torch.Tensor] = {}
+    packed: dict[str, Later] = {}
     extras: dict[str, torch.Tensor] = {}
     for name, (native, other) in stored_names(model).items():
         tensor = parameters[name].detach()
@@ -292,12 +304,17 @@ def save(model: Model, folder: str | Path) -> Path:
         if complete and isinstance(owner, GGUF):
             tensor, native = owner.dequantize_to(torch.bfloat16), BLOCKS.sub(".weight", native)
         trained = not complete and parameters[name].requires_grad  # norms beside adapters
-        if other is None or trained or (complete and not dense):
+        if native.rpartition(".weight.")[0] in groups:
+            continue
+        if other is None or trained or (complete and not dense and not groups):
             extras[native] = tensor
         elif complete:
             other = other.removeprefix(layout.prefix) if spec.head == "none" else other
             foreign[other] = tensor.t() if native in layout.transposed else tensor
     alone = not complete and adapters.takes(model)
+    for path, weight in groups.items():
+        other = layout.tensors[f"{path}.weight"].removesuffix(".weight")
+        packed |= gptq_layout.written(other.removeprefix(layout.prefix) if spec.head == "none" else other, weight)
     written = {
         "model.safetensors": bool(foreign),
         "burnish.safetensors": bool(extras) and not alone,
@@ -310,13 +327,16 @@ def save(model: Model, folder: str | Path) -> Path:
     record: dict[str, Any] = {"format": 1, "complete": complete, "chain": chains.describe(model)}
     record |= {"identity": model.identity, "base": model.path}
     if foreign:
-        write_tensors(model.net.converted(foreign), folder / "model.safetensors")
+        write_tensors({**model.net.converted(foreign), **packed}, folder / "model.safetensors")
     if alone:
         adapters.write(model, extras, folder)
     elif extras:
         write_tensors(extras, folder / "burnish.safetensors")
     if complete:
-        write_json(saved_config(model), folder / "config.json")
+        config = saved_config(model)
+        if groups:
+            config["quantization_config"] = gptq_layout.quantization_config(next(iter(groups.values())).form)
+        write_json(config, folder / "config.json")
         if model.generation_config:
             write_json(model.generation_config, folder / "generation_config.json")
     if model.tokenizer is not None:

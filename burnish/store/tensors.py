@@ -8,10 +8,12 @@ allocated.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +90,15 @@ class Held:
         return self.tensor
 
 
+@dataclass(frozen=True)
+class Later:
+    """A tensor to be written, made when it is its turn."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file by name. Raises UserError for a truncated file or a header that lies."""
 
@@ -147,12 +158,29 @@ def read_folder(folder: Path, stem: str = "model") -> dict[str, Entry]:
     raise UserError(f"{folder}: no {stem}.safetensors in this folder; give a checkpoint folder or a hub id")
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file under a temporary name, sync it, then rename it to `path`."""
-    from safetensors.torch import save_file
+def write_tensors(tensors: Mapping[str, Tensor | Later], path: Path) -> None:
+    """Write a safetensors file under a temporary name, sync it, then rename it to `path`.
 
+    One tensor after the other is made contiguous, on the CPU, so that the file is never in memory as a whole.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"})
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    names, end = {dtype: name for name, dtype in DTYPES.items()}, 0
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that all are aligned
+    for name in order:
+        start, shape, dtype = end, tuple(tensors[name].shape), tensors[name].dtype
+        end += math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            found = tensors[name]
+            tensor = found.make() if isinstance(found, Later) else found
+            tensor = tensor.detach().cpu().contiguous()
+            if tensor.numel():
+                file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
     replace_file(temporary, path)
 
 

@@ -12,7 +12,7 @@ import torch
 from burnish import chain
 from burnish.cli import main
 from burnish.config import UserError
-from burnish.engine.proof import TEXTS, ProofOptions, compared, proven, said
+from burnish.engine.proof import TEXTS, Made, ProofOptions, compared, proven, said
 from burnish.store.checkpoint import load, save
 
 
@@ -41,18 +41,21 @@ def test_the_figures_are_those_of_the_definitions(root, family):
     assert report.perplexity[0] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-3)
 
 
-def test_a_broken_layer_is_named_and_strict_refuses(root, tmp_path):
+def test_a_broken_layer_is_named_and_strict_refuses(root, tmp_path, capsys):
     folder, out = tiny.folder(root, "llama"), tmp_path / "out"
 
     def broken(model, place):
         with torch.no_grad():
             model.net.layers[1].mlp.down_proj.weight.dense *= 30
         save(model, place)
-        return []
+        return Made(["broken"])
 
     options = ProofOptions(max_kl=0.001)
-    lines = proven(lambda: load(folder), broken, out, options)
-    assert "worst layers: layers.1 (+" in lines[1] and lines[2] == f"saved to {out}"
+    assert proven(lambda: load(folder), broken, out, options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "worst layers: layers.1 (+" in lines[2] and lines[3] == f"saved to {out}"
+    card = (out / "README.md").read_text()
+    assert card.startswith("# out\n") and lines[2] in card and load(folder).identity in card
     assert json.loads((out / "proof.json").read_text())["kl"] > 0.001 and load(out)
     with pytest.raises(UserError, match="strict: nothing is written; warning: KL is beyond 0.001"):
         proven(lambda: load(folder), broken, tmp_path / "other", ProofOptions(max_kl=0.001, strict=True))

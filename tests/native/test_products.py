@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from burnish.compress.gguf import FORMATS, GGUF
+from burnish.compress.grouped import Form, Grouped
 from burnish.compress.int8 import Int8
 from burnish.compress.nf4 import NF4
 from burnish.model import linear
@@ -21,8 +22,11 @@ from burnish.model.linear import Dense
 from burnish.native import build, products
 
 EXTRA = {"native": (), "AVX2": ("-march=x86-64-v3",), "portable": ("-DPORTABLE",)}
-KINDS = [(NF4, True), (NF4, False), (Int8, None)]
-kinds = pytest.mark.parametrize(("kind", "double"), KINDS, ids=["nf4", "nf4, plain constants", "int8"])
+GROUPS = [Form(4, 32), Form(4, 128, False), Form(4, -1, False)]
+KINDS = [(NF4, True), (NF4, False), (Int8, None), *((form, None) for form in GROUPS)]
+kinds = pytest.mark.parametrize(
+    ("kind", "double"), KINDS, ids=["nf4", "nf4, plain constants", "int8", "groups", "zeros", "rows"]
+)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 TOKENS = [*range(1, products.FEW_TOKENS + 1), 33, 49, 64, 65, 100, 130]
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the size that a product of these norms has
@@ -54,6 +58,8 @@ def built(request, libraries, monkeypatch):
 def quantise(kind, double, rows: int, columns: int):
     dense = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * 1000 + columns))
     dense[0] = 0
+    if isinstance(kind, Form):
+        return kind.round(dense + 0.3)
     return kind.quantize(dense) if double is None else kind.quantize(dense, double)
 
 
@@ -79,7 +85,7 @@ def assert_product(got: torch.Tensor, want: torch.Tensor, x: torch.Tensor, weigh
 def refused():
     """No way past the kernels: expanding the matrix fails."""
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (NF4, Int8):
+        for kind in (NF4, Int8, Grouped):
             patch.setattr(kind, "dequantize_to", lambda self, dtype: pytest.fail("the matrix was expanded"))
         yield
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from burnish.chain import Model
 from burnish.config import UserError
-from burnish.engine.proof import ProofOptions, proven
+from burnish.engine.proof import Made, ProofOptions, proven
 from burnish.store.checkpoint import load
 from burnish.store.gguf_model import write
 
@@ -31,9 +31,8 @@ def run(config: ExportConfig) -> int:
     if config.output is None:
         raise UserError("output: say which file is written, as in --output model-q8_0.gguf")
 
-    def made(model: Model, place: Path) -> list[str]:
-        notes = write(model, place, config.type)
-        return [*notes, f"{place.stat().st_size / 2**20:.1f} MiB"]
+    def made(model: Model, place: Path) -> Made:
+        notes, size = write(model, place, config.type), place.stat().st_size
+        return Made([*notes, f"{size / 2**20:.1f} MiB"], {"notes": notes, "bytes": size})
 
-    print(*proven(lambda: load(config.model, unread=True), made, config.output, config), sep="\n")
-    return 0
+    return proven(lambda: load(config.model, unread=True), made, config.output, config)

@@ -9,7 +9,7 @@ from typing import ClassVar
 from burnish import chain
 from burnish.chain import Model
 from burnish.config import UserError
-from burnish.engine.proof import ProofOptions, proven
+from burnish.engine.proof import Made, ProofOptions, proven
 from burnish.store.checkpoint import load, save
 
 
@@ -27,7 +27,7 @@ def run(config: MergeConfig) -> int:
     if not config.model or config.output_dir is None:
         raise UserError("merge: give the adapter's folder and --output-dir")
 
-    def write(model: Model, place: Path) -> list[str]:
+    def write(model: Model, place: Path) -> Made:
         notes = chain.merge(model)
         if not notes:
             names = [link.name for link in model.chain] or "nothing"
@@ -35,7 +35,6 @@ def run(config: MergeConfig) -> int:
                 f"{config.model}: holds {names}, which cannot be folded into the weights; mergeable: lora, ia3, peft:*"
             )
         save(model, place)
-        return notes
+        return Made(notes, {"notes": notes})
 
-    print(*proven(lambda: load(config.model), write, config.output_dir, config), sep="\n")
-    return 0
+    return proven(lambda: load(config.model), write, config.output_dir, config)

@@ -1,0 +1,229 @@
+"""GPTQ: codes chosen one input after the other, each against the errors that those before it left in the outputs.
+
+    minimise tr((W - Q) H (W - Q)^T),   H = X^T X + damp_percent mean(diag) I,   H = L L^T
+    q_i = nearest to w_i + (sum over j > i of L_ji e_j) / L_ii,   e = w - q,   from the last input to the first
+
+Source: GPTQ (arXiv 2210.17323), section 3.3 and algorithm 1, in the equivalent form of Babai's nearest plane
+("The Geometry of LLM Quantization", arXiv 2507.18553): with the inputs in reverse order the rounded weights are the
+same, and one Cholesky factorisation takes the place of two and an inverse. Inputs that are always 0 get weights of 0.
+The layers are taken in turn, each calibrated on what the quantised ones before it give, projections too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from burnish.compress import calibration
+from burnish.compress.grouped import Form, Grouped
+from burnish.config import UserError
+from burnish.model.bundle import Context, Model
+from burnish.model.linear import Dense, Linear
+from burnish.model.surgery import linears, select
+from burnish.native import plane
+
+NAME = "gptq"
+BLOCK = 128  # inputs between two updates by a product
+PIECE = 1 << 18  # weights whose grids are searched together
+GRAM = 512  # columns of X^T X computed together
+TRIES = 4  # each with ten times the dampening
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+
+CHANGES_BASE = True
+STORES_ANEW = True
+CALIBRATES = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """`bits`, `group_size` and `sym` as for `int_groups`. `desc_act`: the inputs with the largest activations first;
+    `static_groups`: groups of neighbours all the same, with grids from the weights as they were. `nsamples` rows of
+    `max_length` tokens calibrate. `ordered` follows. `target_modules` as for LoRA; the head and the embeddings stay.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    desc_act: bool = True
+    static_groups: bool = True
+    damp_percent: float = 0.01
+    nsamples: int = 128
+    max_length: int = 512
+    target_modules: list[str] | str = "all-linear"
+
+    @property
+    def form(self) -> Form:
+        return Form(self.bits, self.group_size, self.sym, self.desc_act and not self.static_groups)
+
+    def without(self, paths: Sequence[str]) -> Config:
+        """Where the projections at `paths` are no longer stored this way."""
+        return replace(self, target_modules=[path for path in self.target_modules if path not in paths])
+
+
+def apply(model: Model, config: Config, context: Context) -> Config:
+    """Quantise the targets, layer by layer. Raises UserError for weights that are quantised already, data that is too
+    short, and activations that are not finite."""
+    config.form.check(NAME)
+    if not 0 < config.damp_percent < 1:
+        raise UserError(f"technique '{NAME}': damp_percent is {config.damp_percent}; give a number between 0 and 1")
+    targets = select(model.net, config.target_modules)
+    for path, linear in targets:
+        if not isinstance(linear.weight, Dense):
+            kind = type(linear.weight).__name__
+            raise UserError(f"technique '{NAME}': {path} is stored as {kind} already; take the model as it was before")
+    config = replace(config, target_modules=[path for path, _ in targets])
+    if model.device.type == "meta":
+        rebuild(model, config)
+        return config
+    data = calibration.batches(model, context, config.nsamples, config.max_length, NAME)
+    left = {linear: path for path, linear in targets}
+    with calibration.computing(model.net):
+        for layer, calls in calibration.in_turn(model, data, NAME):
+            for stage in calibration.stages(layer, calls[0]):
+                quantise_stage(layer, calls, [linear for _, linear in stage if linear in left], config, left, context)
+        for linear, path in left.items():  # what no token reached, as some experts
+            linear.weight = config.form.round(linear.weight.dequantize())
+            context.report({"layer": path, "error": None})
+    return config
+
+
+def quantise_stage(
+    layer: nn.Module,
+    calls: Sequence[calibration.Call],
+    chosen: Sequence[Linear],
+    config: Config,
+    left: dict[Linear, str],
+    context: Context,
+) -> None:
+    """Quantise projections of a layer that read the same, and take them out of those that are left."""
+    if not chosen:
+        return
+    factor, order = factorised(layer, calls, chosen[0], config, left[chosen[0]])
+    for linear in chosen:
+        dense, linear.weight = linear.weight.dequantize(), Dense(torch.empty(0, 0))
+        linear.weight, error = quantise(dense, factor, order, config)
+        context.report({"layer": left.pop(linear), "error": error})
+
+
+def factorised(
+    layer: nn.Module, calls: Sequence[calibration.Call], linear: Linear, config: Config, path: str
+) -> tuple[Tensor, Tensor]:
+    """The lower Cholesky factor of H for what a projection reads, and the input at each of its positions, of which the
+    last is rounded first; -1 - input where that is always 0."""
+    for attempt in range(TRIES):
+        gram = gram_matrix(layer, calls, linear)
+        diagonal = gram.diagonal()
+        if not diagonal.isfinite().all():
+            raise UserError(
+                f"technique '{NAME}': the activations that {path} reads are not finite; run the model in bf16"
+            )
+        dead = diagonal == 0
+        diagonal[dead] = 1
+        first = diagonal.argsort(stable=True) if config.desc_act else torch.arange(len(gram)).flip(0).to(gram.device)
+        diagonal += config.damp_percent * 10**attempt * diagonal.mean()
+        permute(gram, first)
+        if not int(torch.linalg.cholesky_ex(gram, out=(gram, torch.empty((), dtype=torch.int32)))[1]):
+            return gram, torch.where(dead[first], -1 - first, first)
+    raise UserError(
+        f"technique '{NAME}': the activations that {path} reads depend on each other too closely; "
+        f"raise damp_percent above {config.damp_percent}, or give more text"
+    )
+
+
+def gram_matrix(layer: nn.Module, calls: Sequence[calibration.Call], linear: Linear) -> Tensor:
+    """X^T X of what a projection reads, float32."""
+    gram = torch.zeros(linear.in_features, linear.in_features, device=calls[0].x.device)
+    parts = [(start, slice(start, start + GRAM)) for start in range(0, len(gram), GRAM)]
+    for x in calibration.inputs(layer, calls, linear):
+        wide = x.float()
+        for start, part in parts:  # the lower triangle
+            gram[start:, part].addmm_(wide[:, start:].t(), wide[:, part])
+    for _, part in parts:
+        gram[part, part.stop :] = gram[part.stop :, part].t()
+    return gram
+
+
+def permute(matrix: Tensor, order: Tensor) -> None:
+    """matrix[order][:, order] in place, some rows and then some columns at a time."""
+    for part in (*matrix.split(BLOCK), *matrix.t().split(BLOCK)):
+        part.copy_(part[:, order])
+
+
+def quantise(dense: Tensor, factor: Tensor, order: Tensor, config: Config) -> tuple[Grouped, float]:
+    """dense (out, in) as codes, and the share of the calibrated outputs' power that is lost.
+
+    order (in,) has the input at each position of the factor, -1 - input where that is always 0.
+    """
+    form, columns = config.form, dense.shape[1]
+    dead, order = order < 0, torch.where(order < 0, -1 - order, order)
+    size = form.size(columns)
+    work = dense.t()[order].float()  # (in, out), by position; becomes the errors
+    work[dead] = 0
+    power = outputs_power(factor, work)
+    group_of = torch.arange(columns, device=dense.device).flip(0) // size  # by position, as they are rounded
+    weights = factor.square().sum(1)  # H's diagonal
+    if config.static_groups:
+        group_of = order // size
+        natural = torch.empty_like(work)
+        natural[order] = work
+        by_input = torch.empty_like(weights)
+        by_input[order] = weights
+        padding = (0, -columns % size)
+        groups = nn.functional.pad(natural.t(), padding).view(len(dense), -1, size)
+        scales, zeros = (
+            x.t().contiguous() for x in search(form, groups, nn.functional.pad(by_input, padding).view(-1, size))
+        )
+        del natural, groups
+    else:
+        scales, zeros = (torch.empty(-(-columns // size), len(dense), device=dense.device) for _ in range(2))
+    codes = torch.empty(work.shape, dtype=torch.uint8, device=dense.device)
+    step = BLOCK if config.static_groups else size
+    for end in range(columns, 0, -step):
+        start = max(0, end - step)
+        here = slice(start, end)
+        pull = factor[end:, here].t() @ work[end:]
+        own = factor[here, here]
+        if not config.static_groups:
+            moved = work[here] + torch.linalg.solve_triangular(own.t(), pull, upper=True)
+            group = int(group_of[start])
+            scales[group], zeros[group] = search(form, moved.t(), weights[here])
+        codes[here] = plane.nearest_plane(work[here], pull, own, scales, zeros, group_of[here], form.top)
+    stored = codes.flip(0)
+    if not form.ordered:
+        stored[order] = codes
+    error = outputs_power(factor, work) / max(power, 1e-30)
+    return Grouped.of(form, stored.t(), scales.t(), zeros.t(), order.flip(0) if form.ordered else None), error
+
+
+def search(form: Form, groups: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, zero) of groups (..., size): of some grids, shrunk more and more, the one with the least error, inputs
+    weighted by `weights` (..., size)."""
+    if groups.dim() > 2 and groups.numel() > PIECE:
+        parts = groups.split(max(1, PIECE // groups[0].numel()))
+        return tuple(map(torch.cat, zip(*(search(form, part, weights) for part in parts), strict=True)))  # type: ignore[return-value]
+    best: list[Tensor] = []
+    for shrink in SHRINKS:
+        scale, zero = form.grid(groups, shrink)
+        codes = form.codes(groups, scale[..., None], zero[..., None])
+        error = ((codes - zero[..., None]) * scale[..., None] - groups).square_().mul_(weights).sum(-1)
+        if not best:
+            best = [scale, zero, error]
+        better = error < best[2]
+        best = [torch.where(better, new, old) for new, old in zip((scale, zero, error), best, strict=True)]
+    return best[0], best[1]
+
+
+def outputs_power(factor: Tensor, matrix: Tensor) -> float:
+    """tr(M^T H M) for M (in, out)."""
+    ends = range(0, len(factor), BLOCK)
+    return sum(float((factor[a:, a : a + BLOCK].t() @ matrix[a:]).square().sum()) for a in ends)
+
+
+def rebuild(model: Model, config: Config) -> None:
+    wanted = set(config.target_modules)
+    for path, linear in linears(model.net):
+        if path in wanted:
+            linear.weight = Grouped.empty(config.form, linear.out_features, linear.in_features)

@@ -1,0 +1,66 @@
+/* Four-bit weights in groups: `bytes` two weights each, the first in the high nibble; `constants` a float16 scale for each
+ * group of a row and `codes` its zero point, null where all are 8; `levels` sixteen numbers, -8 to 7, and the size of a
+ * group, a multiple of GROUP_UNIT or the whole row.
+ *
+ * A weight is (level + 8 - zero) * scale. The levels are multiplied as NF4's are, with a scale for each GROUP_UNIT; what
+ * the zero points add is a product with the sums of GROUP_UNIT activations. */
+
+#pragma once
+#include "weights.h"
+
+#define GROUP_UNIT 32
+#define GROUPED_LEVEL 512.0f /* that stands for 1 among whole numbers, where NF4's is 8191 */
+
+/* Floats that a thread keeps for a row's constants: for GROUPED the scales of all units, then what zero points add. */
+INLINE int64_t constants_of(enum kind kind, int64_t blocks) { return kind == GROUPED ? 4 * even(blocks) : blocks + 1; }
+
+INLINE float widen_float16(uint16_t half) {
+    const uint32_t bits = (uint32_t)(half & 0x7fff) << 13;
+    float value;
+    memcpy(&value, &bits, 4);
+    return (half >> 15 ? -0x1p112f : 0x1p112f) * value;
+}
+
+/* A row's constants, unit by unit. */
+INLINE void expand_groups(const matrix *w, int64_t row, int64_t blocks, enum arithmetic how, float *out) {
+    const int64_t size = (int64_t)w->levels[16], groups = (w->columns + size - 1) / size, units = 2 * even(blocks);
+    const uint16_t *scales = (const uint16_t *)w->constants + row * groups;
+    const uint8_t *zeros = w->codes ? w->codes + row * groups : NULL;
+    const float level = how == WHOLE ? 8191.0f / GROUPED_LEVEL : 1;
+    int64_t unit = 0;
+    for (int64_t g = 0; g < groups; g++) {
+        const float scale = widen_float16(scales[g]), shift = zeros ? 8.0f - zeros[g] : 0;
+        const int64_t end = min((g + 1) * size, w->columns) / GROUP_UNIT;
+        for (; unit < end; unit++) {
+            out[unit] = scale * level;
+            out[units + unit] = scale * shift;
+        }
+    }
+    for (; unit < units; unit++) out[unit] = out[units + unit] = 0;
+}
+
+/* What the zero points add to a row's product with a token, whose sums of units are given. */
+INLINE float of_zeros(const float *constants, const char *sums, int64_t blocks) {
+    const int64_t units = 2 * even(blocks);
+    const float *x = (const float *)sums;
+    lanes total = {0};
+    int64_t i = 0;
+    for (; i + VECTOR / 4 <= units; i += VECTOR / 4) {
+        lanes a, b;
+        memcpy(&a, constants + units + i, VECTOR);
+        memcpy(&b, x + i, VECTOR);
+        total += a * b;
+    }
+    float rest = 0;
+    for (; i < units; i++) rest += constants[units + i] * x[i];
+    for (int j = 0; j < VECTOR / 4; j++) rest += total[j];
+    return rest;
+}
+
+/* 64 levels by the scales of their two units, in the order of `expand_nf4`. */
+INLINE chunk expand_grouped(const float *levels, const uint8_t *bytes, const float *scales) {
+    chunk c = expand_nf4(levels, bytes, 1);
+#pragma GCC unroll 16
+    for (int i = 0; i < PARTS; i++) c.part[i] *= scales[i % (PARTS / 2) >= PARTS / 4];
+    return c;
+}

@@ -1,0 +1,107 @@
+"""AWQ and SmoothQuant: the function stays, the rounding that follows costs less, and their factors are the papers'."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from burnish import chain
+from burnish.chain import Context, forward
+from burnish.compress import calibration, scaling
+from burnish.config import UserError
+from burnish.model.surgery import linears
+from burnish.store.checkpoint import load, save
+
+DRAW = torch.Generator().manual_seed(0)
+DATA = [{"input_ids": torch.randint(6, 50, (4, 20), generator=DRAW)}]
+BATCH = {"input_ids": torch.randint(6, 50, (4, 20), generator=DRAW)}
+
+
+def outliers(root, family: str):
+    """A model some of whose activations are large, as those of large models are."""
+    model = load(tiny.folder(root, family))
+    with torch.no_grad():
+        for name, parameter in model.net.named_parameters():
+            if name.endswith("layernorm.weight"):
+                parameter[:3] *= 30
+        for path, linear in linears(model.net):
+            if path.endswith(("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj")):
+                linear.weight.dense[:, :3] /= 30
+    return model
+
+
+@torch.no_grad()
+def states(model) -> torch.Tensor:
+    return forward(model, BATCH)
+
+
+def error(root, family: str, techniques) -> float:
+    base = states(outliers(root, family))
+    return float((states(chain.apply(outliers(root, family), techniques, Context(DATA))) - base).norm() / base.norm())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "falcon"])
+@pytest.mark.parametrize("technique", ["awq", "smoothquant"])
+def test_the_function_stays_while_weights_change(root, family, technique):
+    model = outliers(root, family)
+    before, weights = states(model), [linear.weight.dense.clone() for _, linear in linears(model.net)]
+    chain.apply(model, [technique], Context(DATA))
+    torch.testing.assert_close(states(model), before, atol=1e-4, rtol=1e-4)
+    assert not all(
+        torch.equal(linear.weight.dense, w) for (_, linear), w in zip(linears(model.net), weights, strict=True)
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon"])
+def test_rounding_costs_less_behind_awq(root, family):
+    form = {"bits": 3, "group_size": 32}
+    plain = error(root, family, [{"int_groups": form}])
+    assert error(root, family, [{"awq": form}, {"int_groups": form}]) < 0.9 * plain
+
+
+def test_awq_before_gptq_is_saved_as_one_chain(root, tmp_path):
+    model = load(tiny.folder(root, "llama"))
+    chain.apply(model, ["awq", {"gptq": {"bits": 4, "group_size": 16}}], Context(DATA))
+    assert torch.equal(states(load(save(model, tmp_path))), states(model))
+
+
+def test_smoothquant_levels_activations_and_weights(root):
+    """Equation 4 with alpha 0.5: the largest activation of each input then equals its largest weight."""
+    model = chain.apply(outliers(root, "llama"), ["smoothquant"], Context(DATA))
+    with calibration.computing(model.net):
+        for layer, calls in calibration.in_turn(model, DATA, "smoothquant"):
+            for fold in scaling.after_norms(layer, calls[0]):
+                _, _, largest = scaling.inputs(layer, calls, fold, 1)
+                torch.testing.assert_close(largest, fold.weight().abs().amax(0), atol=1e-4, rtol=1e-3)
+
+
+def test_which_projections_read_what(root):
+    """Folds of a layer, as (source, readers), by the last words of their paths."""
+
+    def folds(family: str) -> set[tuple[str, ...]]:
+        model = load(tiny.folder(root, family))
+        names = {module: name.rpartition(".")[2] for name, module in model.net.named_modules()}
+        with calibration.computing(model.net):
+            layer, calls = next(calibration.in_turn(model, DATA, "awq"))
+            found = [*scaling.after_norms(layer, calls[0]), *scaling.after_projections(layer)]
+        return {(names[fold.source], *(names[reader] for reader in fold.readers)) for fold in found}
+
+    assert folds("llama") == {
+        ("input_layernorm", "q_proj", "k_proj", "v_proj"),
+        ("post_attention_layernorm", "gate_proj", "up_proj"),
+        ("up_proj", "down_proj"),
+    }
+    assert ("pre_feedforward_layernorm", "gate_proj", "up_proj") in folds("gemma2")
+    assert folds("opt") >= {("v_proj", "o_proj"), ("up_proj", "down_proj")}  # relu
+    assert folds("gpt2") == {("input_layernorm", "qkv_proj"), ("post_attention_layernorm", "up_proj")}
+
+
+def test_bad_input(root):
+    model = chain.apply(load(tiny.folder(root, "llama")), ["lora"])
+    with pytest.raises(UserError, match="is wrapped already; put 'awq' first"):
+        chain.apply(model, ["awq"], Context(DATA))
+    with pytest.raises(UserError, match="alpha is 2.0; give a number from 0 to 1"):
+        chain.apply(load(tiny.folder(root, "llama")), {"smoothquant": {"alpha": 2.0}}, Context(DATA))
+    with pytest.raises(UserError, match="'awq': bits is 7"):
+        chain.apply(load(tiny.folder(root, "llama")), {"awq": {"bits": 7}}, Context(DATA))
