@@ -16,6 +16,7 @@ from burnish.config import UserError
 from burnish.engine.decoding import GenerationConfig
 from burnish.model.linear import Dense, Weight
 from burnish.native import products
+from burnish.place import offload
 from burnish.store.checkpoint import load, save
 from burnish.store.gguf import read_gguf
 from burnish.store.gguf_model import TYPES, write
@@ -168,9 +169,11 @@ def test_the_verbs_take_a_file(wide, tmp_path, capsys):
     assert "exists" in capsys.readouterr().err
 
 
-def test_layers_read_as_they_run(wide, tmp_path):
+def test_layers_read_as_they_run(wide, tmp_path, monkeypatch):
     _, model = exported(wide, tmp_path / "m.gguf", "q4_0")
+    monkeypatch.setattr(offload, "choose", lambda sizes, free: set())  # whatever the limit: it all fits
     limited = load(tmp_path / "m.gguf", memory_limit=8 << 30)
+    assert limited.net.layers[0].mlp.up_proj.weight.blocks.count_nonzero() == 0  # it is in its file
     assert greedy(limited) == greedy(model)
 
 
