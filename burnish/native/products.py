@@ -22,7 +22,7 @@ from burnish.native import build
 
 DTYPES = (torch.float32, torch.bfloat16)
 NF4, INT8, DENSE, FLOATS = 0, 1, 2, 3
-Q8_0, Q4_0, Q4_K, Q5_K, Q6_K = 4, 5, 6, 7, 8  # GGUF's formats
+Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K = range(4, 11)  # GGUF's formats
 MOST_TOKENS = 32  # above it, expanding the matrix once and torch's product cost less
 MOST_DENSE_TOKENS = 4 if multiplies_bfloat16() else 32  # the same for bfloat16
 SMALL = 1 << 16  # weights below which waking a second thread costs more than it saves

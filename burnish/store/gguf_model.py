@@ -24,8 +24,8 @@ from burnish.store.gguf_names import ROPE_FREQS, as_read, config_of, metadata_of
 from burnish.store.tensors import Entry
 
 TABLE = "embed_tokens.storage.blocks"
+TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k", "q5_k", "q6_k")  # that are written
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, **{name: found.file_type for name, found in FORMATS.items()}}
-TYPES = tuple(FILE_TYPES)
 CODES = {**PLAIN_CODES, **{name: found.code for name, found in FORMATS.items()}}
 KNOWN = (Linear, Norm, nn.Embedding, Table)
 
