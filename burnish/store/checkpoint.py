@@ -100,6 +100,7 @@ def load(
     with torch.device("meta"):
         model = Model(build(spec, hf_config), None, hf_config, path=origin(source))
         if gguf is not None:
+            gguf = gguf if spec.head == "lm" else gguf.without_head()
             gguf.rebuild(model.net, dtype)
         if adapter is not None:
             extras = adapters.rebuild(model, adapter)

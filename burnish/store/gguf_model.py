@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,11 @@ class Opened:
     config: dict[str, Any]
     tensors: dict[str, Entry]
     formats: dict[str, Format]
+
+    def without_head(self) -> Opened:
+        """The same for a network with another head, or none."""
+        tensors = {name: entry for name, entry in self.tensors.items() if not name.startswith("lm_head.")}
+        return replace(self, tensors=tensors, formats={x: y for x, y in self.formats.items() if x != "lm_head"})
 
     def rebuild(self, net: Network, dtype: torch.dtype | None) -> None:
         """Put storage for the quantised matrices into the network; an embedding's rows are expanded to `dtype`, float32

@@ -177,6 +177,15 @@ def test_layers_read_as_they_run(wide, tmp_path, monkeypatch):
     assert greedy(limited) == greedy(model)
 
 
+def test_another_head_leaves_the_files_unread(tmp_path):
+    folder = checkpoint(tmp_path / "folder", "llama")
+    write(load(folder), tmp_path / "m.gguf", "q8_0")
+    body = load(tmp_path / "m.gguf", head="none")
+    assert body.net.lm_head is None and isinstance(body.net.layers[1].self_attn.v_proj.weight, GGUF)
+    chain.apply(body, ["transfer"])
+    assert body.net.lm_head is None and set(body.trainable()) == {"score.weight.dense"}
+
+
 def test_what_llama_cpp_does_not_know_is_refused(root, tmp_path):
     import tiny
 
