@@ -374,7 +374,8 @@ INLINE __m512i whole_32(enum kind kind, const uint8_t *row, int64_t at) {
  * meet its scale, and the sums of x the minimum; a group of 16 has eight of the lanes. */
 INLINE void gguf_whole_tile(enum kind kind, int height, int width, const product *p, const group *g, int64_t r0,
                             int64_t token) {
-    const int parts = kind < Q4_K ? 2 : 8, shifted = kind == Q5_1 || kind == Q4_K || kind == Q5_K; /* of 32 weights, done at once */
+    const int parts = kind < Q4_K ? 2 : 8; /* of 32 weights, done at once */
+    const int shifted = kind == Q5_1 || kind == Q4_K || kind == Q5_K;
     const char *x = p->x + token * p->stride, *rates = x + even(g->blocks) * 2 * BLOCK;
     const lines rows = lines_of(height, p->w, g, r0);
     lanes sums[MOST_HEIGHT][MOST_WIDTH];
