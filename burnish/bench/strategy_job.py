@@ -123,13 +123,13 @@ def batch(model: Model, job: Result, size: int) -> dict[str, Any]:
 def weights(model: Model) -> dict[str, int]:
     """The bytes of weights that one token of decoding reads, and how many weights a token is multiplied with: all but
     an embedding that is not the head's too."""
-    table = model.net.embed_tokens.weight
     sizes = {of(p): p.nbytes for p in model.net.parameters()}
     heads = {of(p) for module in model.net.head_modules() for p in module.parameters()}
-    apart = of(table) not in heads
+    table = {of(p) for p in model.net.embed_tokens.parameters()}
+    apart = not table & heads
     return {
-        "weight_bytes": sum(sizes.values()) - sizes.get(of(table), 0) * apart,
-        "multiplied_weights": model.parameter_count() - table.numel() * apart,
+        "weight_bytes": sum(sizes.values()) - sum(sizes[part] for part in table) * apart,
+        "multiplied_weights": model.parameter_count() - model.net.embed_tokens.weight.numel() * apart,
     }
 
 

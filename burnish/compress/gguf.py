@@ -1,6 +1,7 @@
 """GGUF's quantised blocks: weights that stay as llama.cpp's files store them.
 
     q8_0, q4_0     w = d q                    32 weights share d
+    q5_0, q5_1     w = d q, d q + m           32 weights share d and m; what llama.cpp falls back to, not written
     q4_k, q5_k     w = d s q - dmin m         32 weights share s and m (6 bits), 256 share d and dmin
     q6_k           w = d s q                  16 weights share s (8 bits), 256 share d
 
@@ -48,6 +49,8 @@ FORMATS = {
     for found in (
         Format("q8_0", 8, 7, 32, 34, products.Q8_0),
         Format("q4_0", 2, 2, 32, 18, products.Q4_0),
+        Format("q5_0", 6, 8, 32, 22, products.Q5_0),
+        Format("q5_1", 7, 9, 32, 24, products.Q5_1),
         Format("q4_k", 12, 14, 256, 144, products.Q4_K),
         Format("q5_k", 13, 16, 256, 176, products.Q5_K),
         Format("q6_k", 14, 18, 256, 210, products.Q6_K),
@@ -162,6 +165,11 @@ def dequantized(found: Format, blocks: Tensor) -> Tensor:
         return halves(blocks[:, :2]) * blocks[:, 2:].view(torch.int8)
     if found.name == "q4_0":
         return halves(blocks[:, :2]) * (nibbles(blocks[:, 2:]).view(count, 32).float() - 8)
+    if found.name in ("q5_0", "q5_1"):
+        bits = blocks[:, -20:-16, None] >> torch.arange(8, device=blocks.device) & 1
+        q = (nibbles(blocks[:, -16:]).view(count, 32) | bits.view(count, 32) << 4).float()
+        d = halves(blocks[:, :2])
+        return d * (q - 16) if found.name == "q5_0" else d * q + halves(blocks[:, 2:4])
     if found.name == "q6_k":
         low = nibbles(blocks[:, :128].view(count, 2, 64)).view(count, 2, 4, 32)
         shifts = torch.arange(0, 8, 2, device=blocks.device)[:, None]

@@ -201,6 +201,8 @@ void gguf_dequantize(int kind, const uint8_t *from, int64_t count, void *out, in
         switch (kind) {
             CASE(Q8_0);
             CASE(Q4_0);
+            CASE(Q5_0);
+            CASE(Q5_1);
             CASE(Q4_K);
             CASE(Q5_K);
             CASE(Q6_K);

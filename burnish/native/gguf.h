@@ -1,6 +1,7 @@
 /* GGUF's quantised blocks of 32 or 256 weights, 32 weights at a time (ggml's `ggml-common.h` defines the formats).
  *
  * Q8_0: half d, 32 signed bytes; w = d q. Q4_0: half d, 16 bytes with weight i low and i + 16 high; w = d (q - 8).
+ * Q5_0: half d, 4 bytes with fifth bits, 16 of nibbles; w = d (q - 16). Q5_1: halves d and m before these; w = d q + m.
  * Q4_K: halves d and dmin, 12 bytes with eight scales s and minima m of 6 bits, 32 bytes for each 64 weights, the first
  * 32 low; w = d s q - dmin m. Q5_K: the same with 32 bytes of fifth bits before the nibbles, bit i of byte l for weight
  * 32 i + l. Q6_K: 128 bytes of low nibbles, 64 of upper bit pairs, 16 signed scales s, half d; w = d s (q - 32).
@@ -33,6 +34,8 @@ INLINE int64_t gguf_bytes(enum kind kind, int64_t count) {
     switch (kind) {
     case Q8_0: return count / 32 * 34;
     case Q4_0: return count / 32 * 18;
+    case Q5_0: return count / 32 * 22;
+    case Q5_1: return count / 32 * 24;
     case Q4_K: return count * 9 / 16;
     case Q5_K: return count * 11 / 16;
     default: return count * 105 / 128;
@@ -85,9 +88,11 @@ INLINE void scale_and_minimum(const uint8_t *packed, int j, float *scale, float 
  * blocks, or of a block of 256, whose Q6_K has groups of 16. */
 INLINE void group_scales(enum kind kind, const uint8_t *row, int64_t at, float *scales, float *minima) {
     const uint8_t *block = row + gguf_bytes(kind, 32 * at);
-    if (kind == Q8_0 || kind == Q4_0) {
-        scales[0] = half_at(block);
-        scales[1] = half_at(block + gguf_bytes(kind, 32));
+    if (kind < Q4_K) {
+        for (int i = 0; i < 2; i++) {
+            scales[i] = half_at(block + i * gguf_bytes(kind, 32));
+            minima[i] = kind == Q5_1 ? -half_at(block + i * gguf_bytes(kind, 32) + 2) : 0;
+        }
     } else if (kind == Q6_K) {
         const float d = half_at(block + 208);
         for (int i = 0; i < 16; i++) scales[i] = d * (int8_t)block[192 + i];
@@ -105,14 +110,23 @@ INLINE void group_scales(enum kind kind, const uint8_t *row, int64_t at, float *
 /* The at-th 32 weights of a row, or of a matrix, which is its rows one after the other. */
 INLINE void expand_32(enum kind kind, const uint8_t *row, int64_t at, lanes *to) {
     const int j = at % 8;
-    if (kind == Q8_0 || kind == Q4_0) {
-        const uint8_t *block = row + at * (kind == Q8_0 ? 34 : 18), *q = block + 2;
+    if (kind == Q8_0) {
+        const uint8_t *block = row + at * 34;
         const float d = half_at(block);
+        for (int i = 0; i < HALF_PARTS; i++) to[i] = as_floats(signed_at(block + 2 + i * LANES)) * d;
+    } else if (kind < Q4_K) {
+        const uint8_t *block = row + gguf_bytes(kind, 32 * at), *q = block + gguf_bytes(kind, 32) - 16;
+        const float d = half_at(block);
+        uint8_t fifth[32];
+        uint32_t bits;
+        memcpy(&bits, q - 4, 4); /* of a Q4_0 they mean nothing */
+        for (int l = 0; l < 32; l++) fifth[l] = (bits >> l & 1) << 4;
         for (int i = 0; i < HALF_PARTS; i++) {
             const int first = i * LANES;
-            if (kind == Q8_0) to[i] = as_floats(signed_at(q + first)) * d;
-            else if (first < 16) to[i] = as_floats((unsigned_at(q + first) & 15) - 8) * d;
-            else to[i] = as_floats((unsigned_at(q + first - 16) >> 4) - 8) * d;
+            integers whole = first < 16 ? unsigned_at(q + first) & 15 : unsigned_at(q + first - 16) >> 4;
+            if (kind != Q4_0) whole |= unsigned_at(fifth + first);
+            to[i] = as_floats(kind == Q4_0 ? whole - 8 : kind == Q5_0 ? whole - 16 : whole) * d;
+            if (kind == Q5_1) to[i] += half_at(block + 2);
         }
     } else if (kind == Q6_K) {
         const uint8_t *block = row + at / 8 * 210, *low = block + j / 4 * 64 + j % 2 * 32, *high = block + 128 + j / 4 * 32;

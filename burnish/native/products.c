@@ -336,10 +336,15 @@ INLINE __m512i whole_32(enum kind kind, const uint8_t *row, int64_t at) {
     const __m256i fifteen = _mm256_set1_epi8(15);
 #define AT(address) _mm256_loadu_si256((const __m256i *)(address))
     if (kind == Q8_0) return _mm512_cvtepi8_epi16(AT(row + at * 34 + 2));
-    if (kind == Q4_0) {
-        const __m128i packed = _mm_loadu_si128((const __m128i *)(row + at * 18 + 2));
-        const __m256i both = _mm256_set_m128i(_mm_srli_epi16(packed, 4), packed);
-        return _mm512_cvtepi8_epi16(_mm256_sub_epi8(_mm256_and_si256(both, fifteen), _mm256_set1_epi8(8)));
+    if (kind < Q4_K) {
+        const uint8_t *end = row + gguf_bytes(kind, 32 * at + 32);
+        const __m128i packed = _mm_loadu_si128((const __m128i *)(end - 16));
+        const __m256i both = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(packed, 4), packed), fifteen);
+        if (kind == Q4_0) return _mm512_cvtepi8_epi16(_mm256_sub_epi8(both, _mm256_set1_epi8(8)));
+        uint32_t bits;
+        memcpy(&bits, end - 20, 4);
+        const __m256i q = _mm256_or_si256(both, _mm256_maskz_set1_epi8(bits, 16));
+        return _mm512_cvtepi8_epi16(kind == Q5_0 ? _mm256_sub_epi8(q, _mm256_set1_epi8(16)) : q);
     }
     if (kind == Q6_K) {
         const uint8_t *block = row + at / 8 * 210;
@@ -363,7 +368,8 @@ INLINE __m512i whole_32(enum kind kind, const uint8_t *row, int64_t at) {
  * meet its scale, and the sums of x the minimum; a group of 16 has eight of the lanes. */
 INLINE void gguf_whole_tile(enum kind kind, int height, int width, const product *p, const group *g, int64_t r0,
                             int64_t token) {
-    const int parts = kind < Q4_K ? 2 : 8, shifted = kind == Q4_K || kind == Q5_K; /* of 32 weights, done at once */
+    const int parts = kind < Q4_K ? 2 : 8; /* of 32 weights, done at once */
+    const int shifted = kind == Q5_1 || kind == Q4_K || kind == Q5_K;
     const char *x = p->x + token * p->stride, *rates = x + even(g->blocks) * 2 * BLOCK;
     const lines rows = lines_of(kind, height, p->w, g, r0);
     lanes sums[MOST_HEIGHT][MOST_WIDTH];
@@ -492,6 +498,8 @@ ROWS_OF(dense_widened, DENSE, WIDENED)
 ROWS_OF(floats_widened, FLOATS, WIDENED)
 ROWS_OF(q8_0_rows, Q8_0, OF_GGUF)
 ROWS_OF(q4_0_rows, Q4_0, OF_GGUF)
+ROWS_OF(q5_0_rows, Q5_0, OF_GGUF)
+ROWS_OF(q5_1_rows, Q5_1, OF_GGUF)
 ROWS_OF(q4_k_rows, Q4_K, OF_GGUF)
 ROWS_OF(q5_k_rows, Q5_K, OF_GGUF)
 ROWS_OF(q6_k_rows, Q6_K, OF_GGUF)
@@ -607,6 +615,8 @@ void multiply(enum kind kind, const meeting *m, const product *p, char *rooms) {
                                      [GROUPED] = {grouped_widened, NULL, grouped_whole},
                                      [Q8_0] = {[OF_GGUF] = q8_0_rows},
                                      [Q4_0] = {[OF_GGUF] = q4_0_rows},
+                                     [Q5_0] = {[OF_GGUF] = q5_0_rows},
+                                     [Q5_1] = {[OF_GGUF] = q5_1_rows},
                                      [Q4_K] = {[OF_GGUF] = q4_k_rows},
                                      [Q5_K] = {[OF_GGUF] = q5_k_rows},
                                      [Q6_K] = {[OF_GGUF] = q6_k_rows}};

@@ -22,7 +22,7 @@ from burnish.native import build
 
 DTYPES = (torch.float32, torch.bfloat16)
 NF4, INT8, DENSE, FLOATS, GROUPED = 0, 1, 2, 3, 4
-Q8_0, Q4_0, Q4_K, Q5_K, Q6_K = 5, 6, 7, 8, 9  # GGUF's formats
+Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K = range(5, 12)  # GGUF's formats
 FEW_TOKENS = 32  # that `products.c` multiplies
 MULTIPLIES_BFLOAT16 = multiplies_bfloat16()
 FEW_DENSE_TOKENS = 4  # above it, a processor that multiplies bfloat16 is faster by torch

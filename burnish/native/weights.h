@@ -48,7 +48,8 @@
 
 typedef float lanes __attribute__((vector_size(VECTOR)));
 
-enum kind { NF4, INT8, DENSE, FLOATS, GROUPED, Q8_0, Q4_0, Q4_K, Q5_K, Q6_K }; /* the last five are GGUF's: gguf.h */
+/* From Q8_0 on GGUF's: gguf.h. */
+enum kind { NF4, INT8, DENSE, FLOATS, GROUPED, Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K };
 
 /* NF4: `bytes` two weights each; the constant of block b is constants[b], or with `codes` (one byte per block)
  * map[codes[b]] * constants[b / 256] + offset. int8: `bytes` one weight each and one constant per row. Dense: two bytes a

@@ -110,6 +110,7 @@ def load(
         groups = packed.parts()
     with torch.device("meta"):
         if gguf is not None:
+            gguf = gguf if spec.head == "lm" else gguf.without_head()
             gguf.rebuild(model.net, dtype)
         if groups:
             chains.rebuild(model, packed.links(chain))

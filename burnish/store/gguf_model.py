@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from burnish.store.gguf_names import ROPE_FREQS, as_read, config_of, metadata_of
 from burnish.store.tensors import Entry
 
 TABLE = "embed_tokens.storage.blocks"
+TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k", "q5_k", "q6_k")  # that are written
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, **{name: found.file_type for name, found in FORMATS.items()}}
-TYPES = tuple(FILE_TYPES)
 CODES = {**PLAIN_CODES, **{name: found.code for name, found in FORMATS.items()}}
 KNOWN = (Linear, Norm, nn.Embedding, Table)
 
@@ -39,6 +39,11 @@ class Opened:
     config: dict[str, Any]
     tensors: dict[str, Entry]
     formats: dict[str, Format]
+
+    def without_head(self) -> Opened:
+        """The same for a network with another head, or none."""
+        tensors = {name: entry for name, entry in self.tensors.items() if not name.startswith("lm_head.")}
+        return replace(self, tensors=tensors, formats={x: y for x, y in self.formats.items() if x != "lm_head"})
 
     def rebuild(self, net: Network, dtype: torch.dtype | None) -> None:
         """Put storage for the quantised matrices into the network; an embedding's rows are expanded to `dtype`, float32

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -153,18 +153,17 @@ def rows(spec: Spec, path: str) -> Tensor | None:
 class Rearranged(Entry):
     """A tensor whose rows stand in another order in the file; read into memory of its own."""
 
-    order: tuple[int, ...] = ()  # of the file's rows
+    order: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)  # of the file's rows
 
     def read(self, scratch: Tensor | None = None) -> Tensor:
-        return super().read(scratch)[torch.tensor(self.order)]
+        return super().read(scratch)[self.order]
 
 
 def as_read(entry: Entry, order: Tensor | None) -> Entry:
     """The entry of a tensor whose file has burnish's rows in `order`."""
     if order is None or len(order) != entry.shape[0]:  # which is told where tensors meet the network
         return entry
-    back = tuple(order.argsort().tolist())
-    return Rearranged(entry.path, entry.dtype, entry.shape, entry.start, entry.end, back)
+    return Rearranged(entry.path, entry.dtype, entry.shape, entry.start, entry.end, order.argsort())
 
 
 def config_of(file: File) -> dict[str, Any]:
@@ -175,6 +174,9 @@ def config_of(file: File) -> dict[str, Any]:
         raise UserError(
             f"{file.path}: architecture {name!r} is not supported; supported: {', '.join(sorted(families))}"
         )
+    pieces = file.metadata.get("split.count")
+    if isinstance(pieces, int) and pieces > 1:
+        raise UserError(f"{file.path}: one of several files of a model; join them with llama.cpp's gguf-split --merge")
     family, tensors = families[name], set(file.tensors)
     table = file.tensors.get("token_embd.weight")
     if table is None or len(table.shape) != 2:

@@ -14,8 +14,9 @@ from burnish.compress.gguf import FORMATS, GGUF, Table
 from burnish.config import UserError
 from burnish.native import products
 
+ROUNDED, SEARCHED, ONLY_READ = ("q8_0", "q4_0"), ("q4_k", "q5_k", "q6_k"), ("q5_0", "q5_1")
 names = pytest.mark.parametrize("name", FORMATS)
-ROUNDED, SEARCHED = ("q8_0", "q4_0"), ("q4_k", "q5_k", "q6_k")
+made = pytest.mark.parametrize("name", ROUNDED + SEARCHED)
 PEBBLE = Path(gguf.__file__).parents[1] / "assets" / "pebble" / "model.safetensors"
 
 
@@ -48,6 +49,10 @@ def scalar(name: str, block: bytes) -> list[float]:
         return [(half(0) * x).item() for x in struct.unpack_from("32b", block, 2)]
     if name == "q4_0":
         return [(half(0) * ((block[2 + i % 16] >> i // 16 * 4 & 15) - 8)).item() for i in range(32)]
+    if name in ONLY_READ:
+        bits = struct.unpack_from("<I", block, len(block) - 20)[0]
+        q = [block[len(block) - 16 + i % 16] >> i // 16 * 4 & 15 | (bits >> i & 1) << 4 for i in range(32)]
+        return [(half(0) * (x - 16) if name == "q5_0" else half(0) * x + half(2)).item() for x in q]
     out = []
     for i in range(256):
         group, lane = i // 32, i % 32
@@ -73,7 +78,7 @@ def blocks(name: str, rows: int, columns: int) -> torch.Tensor:
     """Random bytes with finite scales."""
     found = FORMATS[name]
     raw = torch.randint(0, 256, (rows, columns // found.size, found.nbytes), dtype=torch.uint8)
-    for at in {"q6_k": (208,), "q4_k": (0, 2), "q5_k": (0, 2)}.get(name, (0,)):
+    for at in {"q6_k": (208,), "q4_k": (0, 2), "q5_k": (0, 2), "q5_1": (0, 2)}.get(name, (0,)):
         raw[..., at + 1] &= 0xBB
     return raw.view(rows, -1)
 
@@ -93,7 +98,7 @@ def test_expanded_values_are_the_definitions(name):
     assert torch.equal(part, want[1:])
 
 
-@names
+@made
 def test_blocks_of_the_twins(name):
     x = random()
     ours, twins = GGUF.quantize(x, name), plainly(lambda: GGUF.quantize(x, name))
@@ -144,7 +149,7 @@ def test_the_error_is_near_llama_cpps(name, source):
 @pytest.mark.parametrize("shape", [(5, 256), (130, 768)])
 @torch.no_grad()
 def test_products(name, shape):
-    weight = GGUF(FORMATS[name], GGUF.quantize(torch.randn(shape), name).blocks)
+    weight = GGUF(FORMATS[name], blocks(name, *shape))
     dense, bias = weight.dequantize(), torch.randn(shape[0])
     for dtype, close in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
         for tokens in (1, 2, 3, 8, 32, 40):
@@ -165,7 +170,7 @@ def test_products_of_few_tokens_expand_nothing(monkeypatch):
     assert torch.equal(weight.matmul(x), want)
 
 
-@names
+@made
 def test_rows_of_blocks_that_are_no_multiple_of_64(name):
     size = FORMATS[name].size
     weight = GGUF.quantize(torch.randn(4, 3 * size), name)
@@ -175,7 +180,7 @@ def test_rows_of_blocks_that_are_no_multiple_of_64(name):
         GGUF.quantize(torch.randn(4, 3 * size - 1), name)
 
 
-@names
+@made
 def test_parts(name):
     weight, size = GGUF.quantize(torch.randn(8, 1024), name), FORMATS[name].size
     dense = weight.dequantize()

@@ -134,7 +134,7 @@ def test_products_with_bfloat16_weights(built, dtype, rows, columns):
 
 
 @dtypes
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ["q8_0", "q4_0", "q4_k", "q5_k", "q6_k"])
 @pytest.mark.parametrize("rows", [1, 5, 130])
 @torch.no_grad()
 def test_gguf_blocks(built, name, dtype, rows):
@@ -150,6 +150,18 @@ def test_gguf_blocks(built, name, dtype, rows):
     assert (together.double() - wide).norm() <= (1e-2 if dtype == torch.bfloat16 else 1e-4) * wide.norm()
     for tokens in (1, 2, 3, 9):
         assert torch.equal(weight.matmul(x[:tokens], bias), together[:tokens])
+
+
+@pytest.mark.parametrize("name", ["q5_0", "q5_1"])
+@torch.no_grad()
+def test_gguf_blocks_that_are_only_read(built, name):
+    found = FORMATS[name]
+    raw = torch.randint(0, 256, (5, 10, found.nbytes), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    raw[..., [1, 3]] &= 0xBB  # finite scales
+    weight, x = GGUF(found, raw.view(5, -1)), activations(3, 320, torch.float32)
+    assert torch.equal(weight.dequantize(), plainly(weight.dequantize))
+    wide = x.double() @ weight.dequantize().double().t()
+    assert (weight.matmul(x).double() - wide).norm() <= 1e-4 * wide.norm()
 
 
 @pytest.mark.parametrize("multiplies", [False, True])
