@@ -87,7 +87,7 @@ def peer(python: str, rows: Tensor, options: dict[str, Any], threads: int) -> tu
         (Path(folder) / "rows.json").write_text(json.dumps(rows.tolist()))
         given = [f"{folder}/rows.json", f"{folder}/out", json.dumps(options), str(threads)]
         code = f"burnish_folder = {base!r}\n{PEER}"
-        done = subprocess.run([python, "-c", code, *given], capture_output=True, text=True)
+        done = subprocess.run([python, "-c", code, *given], capture_output=True, text=True, cwd=folder)
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])
         seconds = float(done.stdout.rpartition("seconds ")[2].split()[0])

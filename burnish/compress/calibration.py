@@ -47,15 +47,14 @@ class Call:
 
     def run(self, layer: nn.Module) -> Tensor:
         """The layer's hidden states."""
-        parts = []
-        for part in layer.modules():
-            if (found := last(part)) is not None and found in self.kept:
-                parts.append(part)
-                part.forward = partial(self.end, found)
+        found = [(part, last(part)) for part in layer.modules()]
+        parts = [(part, end) for part, end in found if end is not None and end in self.kept]
+        for part, end in parts:
+            part.forward = partial(self.end, end)
         try:
             out = layer(self.x, *self.args, **self.kwargs)
         finally:
-            for part in parts:
+            for part, _ in parts:
                 del part.forward
         return out[0] if isinstance(out, tuple) else out
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from burnish import device
 from burnish.compress import calibration
 from burnish.compress.grouped import Form, Grouped
 from burnish.config import UserError
@@ -27,10 +28,9 @@ from burnish.native import plane
 
 NAME = "gptq"
 BLOCK = 128  # inputs between two updates by a product
-PIECE = 1 << 18  # weights whose grids are searched together
+PIECE = 1 << 20  # weights whose grids are made together
 GRAM = 512  # columns of X^T X computed together
 TRIES = 4  # each with ten times the dampening
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 CHANGES_BASE = True
 STORES_ANEW = True
@@ -78,6 +78,7 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     if model.device.type == "meta":
         rebuild(model, config)
         return config
+    device.return_large_blocks()
     data = calibration.batches(model, context, config.nsamples, config.max_length, NAME)
     left = {linear: path for path, linear in targets}
     with calibration.computing(model.net):
@@ -103,8 +104,9 @@ def quantise_stage(
         return
     factor, order = factorised(layer, calls, chosen[0], config, left[chosen[0]])
     for linear in chosen:
-        dense, linear.weight = linear.weight.dequantize(), Dense(torch.empty(0, 0))
-        linear.weight, error = quantise(dense, factor, order, config)
+        work = by_position(linear.weight.dequantize(), order)
+        linear.weight = Dense(torch.empty(0, 0))  # gives its memory back
+        linear.weight, error = quantise(work, factor, order, config)
         context.report({"layer": left.pop(linear), "error": error})
 
 
@@ -125,8 +127,10 @@ def factorised(
         first = diagonal.argsort(stable=True) if config.desc_act else torch.arange(len(gram)).flip(0).to(gram.device)
         diagonal += config.damp_percent * 10**attempt * diagonal.mean()
         permute(gram, first)
-        if not int(torch.linalg.cholesky_ex(gram, out=(gram, torch.empty((), dtype=torch.int32)))[1]):
-            return gram, torch.where(dead[first], -1 - first, first)
+        failed = torch.empty((), dtype=torch.int32, device=gram.device)
+        torch.linalg.cholesky_ex(gram.t(), out=(gram.t(), failed))  # in place, as LAPACK lays matrices out
+        if not int(failed):
+            return gram.t(), torch.where(dead[first], -1 - first, first)
     raise UserError(
         f"technique '{NAME}': the activations that {path} reads depend on each other too closely; "
         f"raise damp_percent above {config.damp_percent}, or give more text"
@@ -152,68 +156,47 @@ def permute(matrix: Tensor, order: Tensor) -> None:
         part.copy_(part[:, order])
 
 
-def quantise(dense: Tensor, factor: Tensor, order: Tensor, config: Config) -> tuple[Grouped, float]:
-    """dense (out, in) as codes, and the share of the calibrated outputs' power that is lost.
+def by_position(dense: Tensor, order: Tensor) -> Tensor:
+    """dense (out, in) -> (in, out) float32, as the positions of `factorised` stand; 0 where the input always is."""
+    work = dense.detach().t()[torch.where(order < 0, -1 - order, order)].float()
+    work[order < 0] = 0
+    return work
 
-    order (in,) has the input at each position of the factor, -1 - input where that is always 0.
-    """
-    form, columns = config.form, dense.shape[1]
-    dead, order = order < 0, torch.where(order < 0, -1 - order, order)
+
+def quantise(work: Tensor, factor: Tensor, order: Tensor, config: Config) -> tuple[Grouped, float]:
+    """The weights that `by_position` gave as codes, and the share of the calibrated outputs' power that is lost. `work`
+    becomes the errors."""
+    form, (columns, rows) = config.form, work.shape
+    order = torch.where(order < 0, -1 - order, order)
     size = form.size(columns)
-    work = dense.t()[order].float()  # (in, out), by position; becomes the errors
-    work[dead] = 0
     power = outputs_power(factor, work)
-    group_of = torch.arange(columns, device=dense.device).flip(0) // size  # by position, as they are rounded
-    weights = factor.square().sum(1)  # H's diagonal
+    group_of = torch.arange(columns, device=work.device).flip(0) // size  # by position, as they are rounded
     if config.static_groups:
         group_of = order // size
-        natural = torch.empty_like(work)
-        natural[order] = work
-        by_input = torch.empty_like(weights)
-        by_input[order] = weights
-        padding = (0, -columns % size)
-        groups = nn.functional.pad(natural.t(), padding).view(len(dense), -1, size)
-        scales, zeros = (
-            x.t().contiguous() for x in search(form, groups, nn.functional.pad(by_input, padding).view(-1, size))
-        )
-        del natural, groups
+        by_input, found = order.argsort(), []
+        for part in work.t().split(max(1, PIECE // columns)):
+            groups = nn.functional.pad(part[:, by_input], (0, -columns % size))
+            found.append(form.grid(groups.view(len(part), -1, size)))
+        scales, zeros = (torch.cat(x).t().contiguous() for x in zip(*found, strict=True))
     else:
-        scales, zeros = (torch.empty(-(-columns // size), len(dense), device=dense.device) for _ in range(2))
-    codes = torch.empty(work.shape, dtype=torch.uint8, device=dense.device)
+        scales, zeros = (torch.empty(-(-columns // size), rows, device=work.device) for _ in range(2))
+    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     step = BLOCK if config.static_groups else size
     for end in range(columns, 0, -step):
         start = max(0, end - step)
         here = slice(start, end)
         pull = factor[end:, here].t() @ work[end:]
-        own = factor[here, here]
+        own = factor[here, here].contiguous()
         if not config.static_groups:
             moved = work[here] + torch.linalg.solve_triangular(own.t(), pull, upper=True)
             group = int(group_of[start])
-            scales[group], zeros[group] = search(form, moved.t(), weights[here])
+            scales[group], zeros[group] = form.grid(moved.t())
         codes[here] = plane.nearest_plane(work[here], pull, own, scales, zeros, group_of[here], form.top)
     stored = codes.flip(0)
     if not form.ordered:
         stored[order] = codes
     error = outputs_power(factor, work) / max(power, 1e-30)
     return Grouped.of(form, stored.t(), scales.t(), zeros.t(), order.flip(0) if form.ordered else None), error
-
-
-def search(form: Form, groups: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, zero) of groups (..., size): of some grids, shrunk more and more, the one with the least error, inputs
-    weighted by `weights` (..., size)."""
-    if groups.dim() > 2 and groups.numel() > PIECE:
-        parts = groups.split(max(1, PIECE // groups[0].numel()))
-        return tuple(map(torch.cat, zip(*(search(form, part, weights) for part in parts), strict=True)))  # type: ignore[return-value]
-    best: list[Tensor] = []
-    for shrink in SHRINKS:
-        scale, zero = form.grid(groups, shrink)
-        codes = form.codes(groups, scale[..., None], zero[..., None])
-        error = ((codes - zero[..., None]) * scale[..., None] - groups).square_().mul_(weights).sum(-1)
-        if not best:
-            best = [scale, zero, error]
-        better = error < best[2]
-        best = [torch.where(better, new, old) for new, old in zip((scale, zero, error), best, strict=True)]
-    return best[0], best[1]
 
 
 def outputs_power(factor: Tensor, matrix: Tensor) -> float:

@@ -58,15 +58,15 @@ class Form:
         """Inputs of a group."""
         return columns if self.group_size == -1 else min(self.group_size, columns)
 
-    def grid(self, values: Tensor, shrink: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-        """(scale, zero) float32 of groups (..., size): from the smallest to the largest of each and 0, by `shrink`."""
+    def grid(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, zero) float32 of groups (..., size): from the smallest to the largest of each and 0."""
         low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
         if self.sym:
             high = torch.maximum(high, -low)
             low = -high
-        span = torch.where(high > low, (high - low) * shrink, 2.0)
+        span = torch.where(high > low, high - low, 2.0)
         scale = (span / self.top).clamp(SMALLEST, LARGEST).half().float()
-        zero = torch.full_like(scale, self.middle) if self.sym else (-low * shrink / scale).round().clamp(0, self.top)
+        zero = torch.full_like(scale, self.middle) if self.sym else (-low / scale).round().clamp(0, self.top)
         return scale, zero
 
     def codes(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

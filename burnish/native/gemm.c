@@ -39,7 +39,7 @@ INLINE chunk expand_of_group(const matrix *w, int64_t row, int64_t first) {
     float scales[2], shifts[2];
     for (int i = 0; i < 2; i++) {
         const int64_t at = row * groups + (first + i * GROUP_UNIT) / size;
-        scales[i] = widen_float16(((const uint16_t *)w->constants)[at]);
+        scales[i] = from_half(((const uint16_t *)w->constants)[at]);
         shifts[i] = w->codes ? scales[i] * (8.0f - w->codes[at]) : 0;
     }
     chunk c = expand_grouped(w->levels, w->bytes + (row * w->columns + first) / 2, scales);

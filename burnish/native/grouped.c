@@ -10,7 +10,7 @@ void grouped_dequantize(const uint8_t *bytes, const uint8_t *zeros, const float 
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t task = 0; task < count * groups; task++) {
         const int64_t row = first + task / groups, start = task % groups * size, end = min(start + size, columns);
-        const float scale = widen_float16(((const uint16_t *)scales)[row * groups + task % groups]);
+        const float scale = from_half(((const uint16_t *)scales)[row * groups + task % groups]);
         const float zero = zeros ? zeros[row * groups + task % groups] - 8.0f : 0;
         float table[16];
         for (int i = 0; i < 16; i++) table[i] = (levels[i] - zero) * scale;

@@ -14,13 +14,6 @@
 /* Floats that a thread keeps for a row's constants: for GROUPED the scales of all units, then what zero points add. */
 INLINE int64_t constants_of(enum kind kind, int64_t blocks) { return kind == GROUPED ? 4 * even(blocks) : blocks + 1; }
 
-INLINE float widen_float16(uint16_t half) {
-    const uint32_t bits = (uint32_t)(half & 0x7fff) << 13;
-    float value;
-    memcpy(&value, &bits, 4);
-    return (half >> 15 ? -0x1p112f : 0x1p112f) * value;
-}
-
 /* A row's constants, unit by unit. */
 INLINE void expand_groups(const matrix *w, int64_t row, int64_t blocks, enum arithmetic how, float *out) {
     const int64_t size = (int64_t)w->levels[16], groups = (w->columns + size - 1) / size, units = 2 * even(blocks);
@@ -28,8 +21,30 @@ INLINE void expand_groups(const matrix *w, int64_t row, int64_t blocks, enum ari
     const uint8_t *zeros = w->codes ? w->codes + row * groups : NULL;
     const float level = how == WHOLE ? 8191.0f / GROUPED_LEVEL : 1;
     int64_t unit = 0;
+#ifdef WIDE
+    const int64_t apart = size / GROUP_UNIT; /* units of a group */
+    if (size % GROUP_UNIT == 0 && apart <= 16 && (apart & (apart - 1)) == 0) {
+        const int shift = __builtin_ctzll(apart);
+        const __m512i counted = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        const __m512i of_unit = _mm512_srl_epi32(counted, _mm_cvtsi32_si128(shift));
+        for (; unit < units; unit += 16) { /* from 16 groups at most; beyond the last they are 0 */
+            const int64_t g = unit >> shift, left = groups - g;
+            const __mmask16 there = left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
+            const __mmask16 kept = units - unit >= 16 ? 0xffff : (1 << (units - unit)) - 1;
+            const __m512 scale = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, scales + g));
+            const __m512 out_scale = _mm512_mul_ps(scale, _mm512_set1_ps(level));
+            _mm512_mask_storeu_ps(out + unit, kept, _mm512_permutexvar_ps(of_unit, out_scale));
+            if (zeros) {
+                const __m512 zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, zeros + g)));
+                const __m512 added = _mm512_mul_ps(scale, _mm512_sub_ps(_mm512_set1_ps(8), zero));
+                _mm512_mask_storeu_ps(out + units + unit, kept, _mm512_permutexvar_ps(of_unit, added));
+            }
+        }
+        return;
+    }
+#endif
     for (int64_t g = 0; g < groups; g++) {
-        const float scale = widen_float16(scales[g]), shift = zeros ? 8.0f - zeros[g] : 0;
+        const float scale = from_half(scales[g]), shift = zeros ? 8.0f - zeros[g] : 0;
         const int64_t end = min((g + 1) * size, w->columns) / GROUP_UNIT;
         for (; unit < end; unit++) {
             out[unit] = scale * level;
@@ -53,6 +68,9 @@ INLINE float of_zeros(const float *constants, const char *sums, int64_t blocks) 
     }
     float rest = 0;
     for (; i < units; i++) rest += constants[units + i] * x[i];
+#ifdef WIDE
+    return rest + _mm512_reduce_add_ps((__m512)total);
+#endif
     for (int j = 0; j < VECTOR / 4; j++) rest += total[j];
     return rest;
 }

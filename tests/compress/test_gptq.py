@@ -40,15 +40,15 @@ def by_the_paper(dense: torch.Tensor, gram: torch.Tensor, config: gptq.Config) -
     h.diagonal()[dead], w[:, dead] = 1, 0
     h.diagonal().add_(config.damp_percent * h.diag().mean())
     order = h.diag().argsort(stable=True).flip(0) if config.desc_act else torch.arange(len(h))
-    before, weights, size = w.clone(), h.diag(), form.size(len(h))
+    before, size = w.clone(), form.size(len(h))
     w, h, out = w[:, order], h[order][:, order], torch.empty_like(w)
     factor = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
     for i, column in enumerate(order.tolist()):
         if config.static_groups:
             part = slice(column // size * size, (column // size + 1) * size)
-            scale, zero = gptq.search(form, before[:, part].float(), weights[part].float())
+            scale, zero = form.grid(before[:, part].float())
         elif i % size == 0:
-            scale, zero = gptq.search(form, w[:, i : i + size].float(), h.diag()[i : i + size].float())
+            scale, zero = form.grid(w[:, i : i + size].float())
         out[:, column] = (form.codes(w[:, i], scale.double(), zero.double()) - zero) * scale
         w[:, i:] -= ((w[:, i] - out[:, column]) / factor[i, i])[:, None] * factor[i, i:]
     return out
@@ -68,7 +68,7 @@ def test_codes_are_those_of_the_papers_algorithm(monkeypatch, kernel, group_size
     monkeypatch.setattr(gptq, "gram_matrix", lambda *_: x.t() @ x)
     config = gptq.Config(bits, group_size, bits == 4, desc_act, static)
     factor, order = gptq.factorised(None, [], None, config, "")  # type: ignore[arg-type]
-    weight, error = gptq.quantise(dense, factor, order, config)
+    weight, error = gptq.quantise(gptq.by_position(dense, order), factor, order, config)
     got, want = weight.dequantize(), by_the_paper(dense, x.t() @ x, config).float()
     assert (abs(got - want) < 1e-4).float().mean() > 0.995  # sums in float32 may fall to the other side of a border
 
