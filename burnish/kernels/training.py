@@ -64,7 +64,7 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    found = build.load([FOLDER / "attention.c", FOLDER / "pointwise.c"], [FOLDER / "avx512.h"])
+    found = build.load([FOLDER / "attention.c", FOLDER / "pointwise.c"])
     if found is None or not hasattr(found, "attention_forward"):
         return None
     pointer, count, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int

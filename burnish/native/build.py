@@ -25,14 +25,14 @@ BUILDS = (("-fopenmp",), ())  # the second where the compiler has no OpenMP
 log = logging.getLogger(__name__)
 
 
-def load(sources: Sequence[Path], headers: Sequence[Path] = (), extra: Sequence[str] = ()) -> ctypes.CDLL | None:
-    """The library of the C files, built with `extra` flags too; None, logged, where it cannot be had."""
+def load(sources: Sequence[Path], extra: Sequence[str] = ()) -> ctypes.CDLL | None:
+    """The library of C files of one folder, built with `extra` flags too; None, logged, where it cannot be had."""
     tool = compiler()
     if tool is None:
         log.warning(compiler_line())
         return None
     try:
-        return ctypes.CDLL(str(_built(tool, sources, headers, extra, _cache())))
+        return ctypes.CDLL(str(_built(tool, sources, extra, _cache())))
     except OSError:  # a cache that cannot be written to, or not executed from
         pass
     except subprocess.SubprocessError as error:
@@ -41,7 +41,7 @@ def load(sources: Sequence[Path], headers: Sequence[Path] = (), extra: Sequence[
         return None
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return ctypes.CDLL(str(_built(tool, sources, headers, extra, Path(folder))))
+            return ctypes.CDLL(str(_built(tool, sources, extra, Path(folder))))
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("no native kernels; burnish runs on plain torch, slower: %s", error)
         return None
@@ -51,10 +51,10 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "burnish"
 
 
-def _built(tool: str, sources: Sequence[Path], headers: Sequence[Path], extra: Sequence[str], folder: Path) -> Path:
+def _built(tool: str, sources: Sequence[Path], extra: Sequence[str], folder: Path) -> Path:
     """The library in `folder`, compiled unless it is there. Safe beside other processes that do the same."""
     stat = os.stat(tool)
-    texts = [path.read_text() for path in (*sources, *headers)]
+    texts = [path.read_text() for path in (*sources, *sorted(sources[0].parent.glob("*.h")))]
     key = [*texts, tool, str(stat.st_size), str(stat.st_mtime_ns), *FLAGS, *extra, _processor()]
     digest = hashlib.sha256("|".join(key).encode()).hexdigest()[:16]
     path = folder / f"{sources[0].stem}-{digest}.so"

@@ -26,7 +26,7 @@ REQUEST = struct.Struct("=17qdq")  # of the C function `paged_attention`
 def library(extra: tuple[str, ...] = ()) -> ctypes.CDLL | None:
     """The compiled library, built with `extra` flags; None where it cannot be had."""
     folder = Path(__file__).parent
-    found = build.load([folder / "paged.c"], [folder / "weights.h", folder / "gguf.h"], extra)
+    found = build.load([folder / "paged.c"], extra)
     if found is not None:
         found.paged_attention.argtypes = [ctypes.c_char_p]
     return found

@@ -17,7 +17,7 @@ from burnish.native import build
 def library(extra: tuple[str, ...] = ()) -> ctypes.CDLL | None:
     """The compiled library, built with `extra` flags; None where it cannot be had."""
     folder = Path(__file__).parent
-    found = build.load([folder / "plane.c"], [folder / "weights.h"], extra)
+    found = build.load([folder / "plane.c"], extra)
     if found is not None:
         pointer, count = ctypes.c_void_p, ctypes.c_int64
         sizes: list[Any] = [count, count, ctypes.c_float]

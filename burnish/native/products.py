@@ -160,7 +160,7 @@ def _load(extra: Sequence[str] = ()) -> ctypes.CDLL | None:
     """The library built with `extra` flags; None where it cannot be had."""
     folder = Path(__file__).parent
     sources = [folder / f"{name}.c" for name in ("products", "gemm", "expand", "decode", "grouped", "gguf")]
-    found = build.load(sources, [folder / f"{name}.h" for name in ("weights", "grouped", "gguf")], extra)
+    found = build.load(sources, extra)
     if found is not None:
         pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         found.matmul.argtypes = [ctypes.c_char_p]
