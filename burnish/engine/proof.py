@@ -10,6 +10,7 @@ What is written goes under a name of its own, is read back, and gets its final n
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from burnish import __version__, chain
+from burnish import __version__, chain, device
 from burnish.chain import Model
 from burnish.config import UserError
 from burnish.engine.order import collated, encode
@@ -166,6 +167,7 @@ def proven(
     model, report = source(), None
     looked = options.proof and model.tokenizer is not None and model.spec.head != "none"
     before = said(model, texts) if looked else None
+    device.return_freed_memory()
     name, identity = model.path, model.identity
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.{os.getpid()}{output.suffix}")
@@ -173,6 +175,8 @@ def proven(
         made = write(model, partial)
         links = ", ".join(f"{link['name']} {brief(link['config'])}" for link in chain.describe(model)) or "nothing"
         del model  # before the result is read
+        gc.collect()
+        device.return_freed_memory()
         if before is not None:
             report = compared(before, said(load(partial), texts))
             made.lines += report.lines(options.max_kl)

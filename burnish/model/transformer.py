@@ -166,10 +166,11 @@ class Transformer(Network):
     def tie(self) -> None:
         if self.lm_head is None or not self.spec.tied:
             return
-        if isinstance(self.embed_tokens, nn.Embedding):
+        storage = getattr(self.embed_tokens, "storage", None)  # of rows that are not dense
+        if storage is None:
             self.lm_head.weight.dense = self.embed_tokens.weight  # type: ignore[union-attr]
-        else:  # rows in another storage
-            self.lm_head.weight = self.embed_tokens.storage
+        else:
+            self.lm_head.weight = storage
 
     @property
     def layout(self) -> Layout:

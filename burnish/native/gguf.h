@@ -43,8 +43,8 @@ INLINE int64_t gguf_bytes(enum kind kind, int64_t count) {
 }
 
 enum { LANES = VECTOR / 4, HALF_PARTS = PARTS / 2 };
-typedef uint8_t bytes __attribute__((vector_size(LANES)));
-typedef int8_t signed_bytes __attribute__((vector_size(LANES)));
+typedef uint8_t octets __attribute__((vector_size(LANES)));
+typedef int8_t signed_octets __attribute__((vector_size(LANES)));
 typedef int32_t integers __attribute__((vector_size(VECTOR)));
 
 INLINE integers unsigned_at(const uint8_t *from) {
@@ -53,7 +53,7 @@ INLINE integers unsigned_at(const uint8_t *from) {
 #elif VECTOR == 32
     return (integers)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
 #else
-    bytes part;
+    octets part;
     memcpy(&part, from, sizeof part);
     return __builtin_convertvector(part, integers);
 #endif
@@ -65,7 +65,7 @@ INLINE integers signed_at(const uint8_t *from) {
 #elif VECTOR == 32
     return (integers)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from));
 #else
-    signed_bytes part;
+    signed_octets part;
     memcpy(&part, from, sizeof part);
     return __builtin_convertvector(part, integers);
 #endif

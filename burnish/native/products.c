@@ -222,10 +222,10 @@ INLINE void gguf_tile(enum kind kind, int height, int width, const product *p, c
         store(kind, height < HEIGHT ? height : HEIGHT, width, p, sums + r, g, r0 + r, token);
 }
 
-#ifdef WIDE
 /* Whether the constants are looked up as they are needed, two blocks of one group at a time. */
 INLINE int looked_up(const matrix *w, int64_t blocks) { return w->codes && blocks % 2 == 0; }
 
+#ifdef WIDE
 /* The constants of two blocks of row r, 8 lanes each, or of four times 32 weights. */
 INLINE lanes of_pair(enum kind kind, const matrix *w, const group *g, const lines *rows, int r, int64_t block) {
     if (kind == GROUPED) {

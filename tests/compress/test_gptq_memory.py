@@ -1,4 +1,4 @@
-"""Quantising a model of S bytes takes at most S / 4 and four layers beside what any process takes."""
+"""Quantising a model of S bytes, and proving it, takes at most S / 4 and five layers beside what any process takes."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def peak(model: Path, output: Path) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_quarter_of_the_model_and_four_layers(root, tmp_path):
+def test_a_quarter_of_the_model_and_five_layers(root, tmp_path):
     base = peak(tiny.folder(root, "llama"), tmp_path / "tiny")
     (tmp_path / "large").mkdir()
     large = write(tmp_path / "large")
     size = (large / "model.safetensors").stat().st_size
     most = peak(large, tmp_path / "small") - base
-    assert most <= size / 4 + 4 * size / LAYERS, f"{most >> 20} MiB of {size >> 20}"
+    assert most <= size / 4 + 5 * size / LAYERS, f"{most >> 20} MiB of {size >> 20}"
     assert (tmp_path / "small" / "model.safetensors").stat().st_size < 0.3 * size

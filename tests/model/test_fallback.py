@@ -21,9 +21,8 @@ from burnish.chain import Context, Model, forward
 from burnish.config import UserError, read_config
 from burnish.engine.generate import GenerationConfig, generate
 from burnish.engine.loss import loss_sum
-from burnish.engine.procedures import compress, tune
+from burnish.engine.procedures import compress, merge, tune
 from burnish.model.fallback import Foreign
-from burnish.store import merge
 from burnish.store.batch import collate
 from burnish.store.checkpoint import save
 from burnish.store.data import encode_prompt
