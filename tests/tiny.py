@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -101,3 +104,53 @@ def _built(root: Path, family: str, head: str) -> Path:
 def folder(root: Path, family: str, head: str = "") -> Path:
     """A Hugging Face folder of the tiny model, made once per `root`."""
     return _built(root, family, head)
+
+
+def large_folder(folder: Path, width: int, inner: int) -> Path:
+    """A Hugging Face folder of a random Llama of 16 layers in bfloat16, large enough for its memory to be seen."""
+    import transformers as t
+    from safetensors.torch import save_file
+
+    draw = torch.Generator().manual_seed(0)
+    shapes = {f"self_attn.{name}_proj": (width, width) for name in "qkvo"}
+    shapes |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
+    shapes |= {"input_layernorm": (width,), "post_attention_layernorm": (width,)}
+    named = {f"model.layers.{n}.{name}.weight": shape for n in range(16) for name, shape in shapes.items()}
+    named |= {"model.embed_tokens.weight": (80, width), "lm_head.weight": (80, width), "model.norm.weight": (width,)}
+    tensors = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in named.items()}
+    for tensor in tensors.values():
+        tensor.normal_(float(tensor.dim() == 1), 0.03, generator=draw)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    sizes = {"vocab_size": 80, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": 16}
+    sizes |= {"num_attention_heads": width // 64, "num_key_value_heads": width // 64, "max_position_embeddings": 64}
+    t.LlamaConfig(**sizes, architectures=["LlamaForCausalLM"], eos_token_id=1).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from burnish import cli
+status = cli.main(sys.argv[1:])
+print(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")).split()[1])
+sys.exit(status)
+"""
+
+
+def peak(words: list[str], group: Path | None = None) -> tuple[int, str, int]:
+    """Exit status, output and most resident bytes of a command of burnish's on one thread, in a group of processes."""
+
+    def join() -> None:
+        if group is not None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        preexec_fn=join,  # noqa: PLW1509  nothing else runs here
+    )
+    said, _, most = done.stdout.strip().rpartition("\n")
+    return done.returncode, said if not done.returncode else done.stderr, int(most or 0) * 1024

@@ -161,7 +161,10 @@ class Jobs:
         tried = {(cell.row.name, cell.task.name): self.trials(cell) for cell in cells if not cell.control}
         chains = {self.chain(cell): cell for cell in reversed(cells) if not cell.shuffle}
         trials = [(f"{row} on {task} at {rate}", job) for (row, task), t in tried.items() for rate, job in t.items()]
-        total = len(trials) + sum(1 + len(self.sizes(cell)) for cell in cells) + 2 * len(chains)
+        qualities = [self.quality(cell, count) for cell in cells for count in (0, *self.sizes(cell))]
+        costs = {name: self.cost(cell) for name, cell in chains.items()}
+        expected = [*(job for _, job in trials), *qualities, *(job for pair in costs.values() for job in pair)]
+        total = len({self.path(job) for job in expected})
         results: dict[Path, Job] = {}
 
         with launchers(self.workers) as free:
@@ -172,7 +175,8 @@ class Jobs:
                 progress(f"[{len(results)}/{total}] {name}: {said}")
 
             def together(items: list[tuple[Any, ...]]) -> None:
-                for future in [pool.submit(finish, *item) for item in items]:
+                once = {self.path(item[1]): item for item in reversed(items)}  # equal rows share a job and its files
+                for future in [pool.submit(finish, *item) for item in reversed(once.values())]:
                     future.result()
 
             try:

@@ -49,7 +49,6 @@ class Offload:
         if not self.units:
             raise UserError("memory_limit: this model has no layers that could be read as they run; leave it away")
         net.fixed = net.runs_only = RUNS_ONLY
-        self.heads = {modules[module] for module in net.head_modules() if module in modules}
         self.after = dict(zip(self.units, [*self.units[1:], *self.units[:1]], strict=True))
         self.last = self.newest = self.units[-1]  # that ran, and that was sent for
         self.running: Unit | None = None

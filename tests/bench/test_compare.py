@@ -97,6 +97,17 @@ def test_rates_are_tried_on_development_rows_and_examples_give_a_curve(root, tmp
     assert "Quality by number of training examples" in page
 
 
+def test_equal_rows_run_once(root, tmp_path, data):
+    """Side by side they would write the same files."""
+    rows = [{**LORA, "name": name, "learning_rate": [0.01, 0.02]} for name in ("one", "two", "three")]
+    results, lines = run(
+        tmp_path, tiny.folder(root, "llama"), [{"name": "mine", "data": data}], rows, workers=3, controls=False
+    )
+    assert [row["name"] for row in results["rows"]] == ["one", "two", "three"]
+    assert len({row["quality"]["mean"] for row in results["rows"]}) == 1
+    assert [line.partition(" ")[0] for line in lines] == [f"[{n}/5]" for n in range(1, 6)]
+
+
 def test_the_splits_of_a_task_share_no_row(tmp_path):
     rows = [{"prompt": f"a{i}", "completion": f" b{i}"} for i in range(40)]
     path, held = write_rows(tmp_path / "x.jsonl", rows), write_rows(tmp_path / "dev.jsonl", rows[:3])
