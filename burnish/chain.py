@@ -36,6 +36,8 @@ TECHNIQUES = {
     "p_tuning_v2": "burnish.tune.p_tuning_v2",
     "int8": "burnish.compress.int8",
     "nf4": "burnish.compress.nf4",
+    "fp4": "burnish.compress.fp4",
+    "fp8": "burnish.compress.fp8",
     "int_groups": "burnish.compress.int_groups",
     "gptq": "burnish.compress.gptq",
     "awq": "burnish.compress.awq",

@@ -220,6 +220,8 @@ ROWS = {
     ),
     "int8": Row("weights", nothing, trained_with="lora"),
     "nf4": Row("weights", nothing, trained_with="lora"),
+    "fp4": Row("weights", nothing, trained_with="lora"),
+    "fp8": Row("weights", nothing, trained_with="lora"),
     "int_groups": Row("weights", nothing, {"group_size": 16}, trained_with="lora"),
     "gptq": Row("weights", nothing, {"group_size": 16, "nsamples": 2, "max_length": 8}, trained_with="lora"),
     "awq": Row("base", nothing, {"group_size": 16, "nsamples": 2, "max_length": 8}, trained_with="lora"),

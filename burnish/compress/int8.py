@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from burnish.config import UserError
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import Spans, Weight, take
-from burnish.model.surgery import linears, select
+from burnish.model.surgery import reserve, store
 from burnish.native import products
 
 CHANGES_BASE = True
@@ -119,15 +120,9 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     """Quantise the targets in place, one at a time."""
     if not config.llm_int8_threshold >= 0:
         raise UserError(f"int8: llm_int8_threshold: must be at least 0, is {config.llm_int8_threshold}; 6.0 is usual")
-    paths = []
-    for path, linear in select(model.net, config.target_modules):
-        linear.weight = Int8.quantize(linear.weight.dequantize(), config.llm_int8_threshold)
-        paths.append(path)
+    paths = store(model.net, config.target_modules, partial(Int8.quantize, threshold=config.llm_int8_threshold))
     return replace(config, target_modules=paths)
 
 
 def rebuild(model: Model, config: Config) -> None:
-    wanted = set(config.target_modules)
-    for path, linear in linears(model.net):
-        if path in wanted:
-            linear.weight = Int8.empty(linear.out_features, linear.in_features, config.llm_int8_threshold)
+    reserve(model.net, config.target_modules, partial(Int8.empty, threshold=config.llm_int8_threshold))

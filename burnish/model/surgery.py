@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from burnish.config import UserError, nearest
-from burnish.model.linear import Linear
+from burnish.model.linear import Linear, Weight
 from burnish.model.network import Network
 
 
@@ -47,6 +47,22 @@ def select(net: Network, targets: Sequence[str] | str) -> list[tuple[str, Linear
             )
         chosen_paths.update(hits)
     return [pair for pair in found if pair[0] in chosen_paths]
+
+
+def store(net: Network, targets: Sequence[str] | str, make: Callable[[Tensor], Weight]) -> list[str]:
+    """Store the targets' matrices (out, in) as `make` gives them, one at a time; returns the targets' paths."""
+    paths = []
+    for path, linear in select(net, targets):
+        linear.weight = make(linear.weight.dequantize())
+        paths.append(path)
+    return paths
+
+
+def reserve(net: Network, paths: Sequence[str], make: Callable[[int, int], Weight]) -> None:
+    """Put storage to load into, `make(out, in)`, where `store` said that it stored something."""
+    for path, linear in linears(net):
+        if path in paths:
+            linear.weight = make(linear.out_features, linear.in_features)
 
 
 def replace(net: nn.Module, path: str, build: Callable[[nn.Module], nn.Module], corrects: str = "") -> nn.Module:

@@ -1,4 +1,4 @@
-"""NF4 and int8 against bitsandbytes on the CPU: the same codes, constants and values."""
+"""NF4, FP4 and int8 against bitsandbytes on the CPU: the same codes, constants and values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 
 from burnish import chain
 from burnish.chain import forward
-from burnish.compress import nf4
+from burnish.compress import four_bit
+from burnish.compress.fp4 import FP4
 from burnish.compress.int8 import Int8
 from burnish.compress.nf4 import NF4
 from burnish.config import UserError
@@ -41,8 +42,19 @@ def matrix(rows: int, columns: int, kind: str = "normal") -> torch.Tensor:
 
 
 def test_tables_are_bitsandbytes():
-    assert torch.equal(torch.tensor(nf4.LEVELS), bnb.get_4bit_type("nf4", device="cpu"))
-    assert torch.equal(nf4.dynamic_map(), bnb.create_dynamic_map(signed=True))
+    assert torch.equal(torch.tensor(NF4.LEVELS), bnb.get_4bit_type("nf4", device="cpu"))
+    assert torch.equal(torch.tensor(FP4.LEVELS), bnb.get_4bit_type("fp4", device="cpu").sort().values)
+    assert torch.equal(four_bit.dynamic_map(), bnb.create_dynamic_map(signed=True))
+
+
+@pytest.mark.parametrize("kind", ["normal", "outliers", "zeros", "constant"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fp4(shape, kind):
+    """Values; the order of bitsandbytes' codes is another."""
+    x = matrix(*shape, kind)
+    packed, state = bnb.quantize_4bit(x, blocksize=64, quant_type="fp4")
+    state.shape = torch.Size((1, x.numel()))
+    assert_same(FP4.quantize(x, False).dequantize(), bnb.dequantize_4bit(packed, state).view(shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -74,11 +86,11 @@ def assert_same(left: torch.Tensor, right: torch.Tensor) -> None:
 def assert_codes_as_near(weight: NF4, x: torch.Tensor, theirs: torch.Tensor) -> None:
     """The constants' codes are bitsandbytes', but where its CPU kernel, which looks levels up in bins, takes the
     farther of two levels; and where all constants of a group are equal and no code counts."""
-    absmax = nf4.blocks(x.float(), 64).abs().amax(1)
-    groups = nf4.blocks(absmax - absmax.mean(), 256)
+    absmax = four_bit.blocks(x.float(), 64).abs().amax(1)
+    groups = four_bit.blocks(absmax - absmax.mean(), 256)
     value = (groups / weight.absmax2[:, None].clamp(min=1e-38)).view(-1)[: len(absmax)]
     counts = weight.absmax2.repeat_interleave(256)[: len(absmax)] > 0
-    code = nf4.dynamic_map()
+    code = four_bit.dynamic_map()
     error, their_error = (abs(code[c.long()] - value)[counts] for c in (weight.absmax, theirs))
     assert (error <= their_error + 1e-7).all()
     assert ((weight.absmax.int() - theirs.int()).abs()[counts] <= 2).all()
@@ -88,7 +100,7 @@ def assert_codes_as_near(weight: NF4, x: torch.Tensor, theirs: torch.Tensor) -> 
 def test_nf4_of_many_numbers():
     """Half a million weights: no code is off, also next to the borders between two levels."""
     draw = torch.Generator().manual_seed(0)
-    borders = (torch.tensor(nf4.LEVELS[1:]) + torch.tensor(nf4.LEVELS[:-1])) / 2
+    borders = (torch.tensor(NF4.LEVELS[1:]) + torch.tensor(NF4.LEVELS[:-1])) / 2
     near = borders[torch.randint(15, (4096, 64), generator=draw)]
     near = near * (1 + 2e-7 * torch.randn(near.shape, generator=draw))
     near[:, 0] = 1.0
@@ -146,7 +158,7 @@ def test_llm_int8(monkeypatch, tokens, planted, compiled):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", [Int8, NF4])
+@pytest.mark.parametrize("kind", [Int8, NF4, FP4])
 def test_matmul_and_its_gradient_equal_the_expanded_matrix(kind, dtype):
     weight, bias = kind.quantize(matrix(48, 96)), matrix(1, 48)[0]
     for tokens in (1, 7, 40):
@@ -163,7 +175,7 @@ def test_matmul_and_its_gradient_equal_the_expanded_matrix(kind, dtype):
         torch.testing.assert_close(got, expected, **close)
 
 
-@pytest.mark.parametrize("kind", [Dense, Int8, NF4])
+@pytest.mark.parametrize("kind", [Dense, Int8, NF4, FP4])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_shards_are_the_parts_of_the_whole(kind, dim):
     weight = Dense(matrix(192, 192)) if kind is Dense else kind.quantize(matrix(192, 192))
@@ -183,11 +195,11 @@ def test_nf4_is_not_cut_within_a_block():
         NF4.quantize(matrix(64, 96)).shard(0, [(0, 32)])
 
 
-@pytest.mark.parametrize("name", ["int8", "nf4"])
+@pytest.mark.parametrize("name", ["int8", "nf4", "fp4"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_head_embeddings_and_norms_stay(root, name, family):
     base, model = load(tiny.folder(root, family)), chain.apply(load(tiny.folder(root, family)), name)
-    kind = {"int8": Int8, "nf4": NF4}[name]
+    kind = {"int8": Int8, "nf4": NF4, "fp4": FP4}[name]
     stored = {path for path, m in model.net.named_modules() if isinstance(m, kind)}
     assert stored and all(path.startswith("layers.") for path in stored)
     for path, parameter in model.net.named_parameters():
@@ -196,7 +208,7 @@ def test_head_embeddings_and_norms_stay(root, name, family):
     batch = {"input_ids": torch.arange(6, 20)[None]}
     with torch.no_grad():
         difference = forward(model, batch) - forward(base, batch)
-    assert difference.norm() < {"int8": 0.03, "nf4": 0.3}[name] * forward(base, batch).norm()
+    assert difference.norm() < {"int8": 0.03, "nf4": 0.3, "fp4": 0.45}[name] * forward(base, batch).norm()
 
 
 def test_one_projection_can_be_quantised(root):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from burnish.compress.fp4 import FP4
 from burnish.compress.gguf import FORMATS, GGUF
 from burnish.compress.grouped import Form, Grouped
 from burnish.compress.int8 import Int8
@@ -23,9 +24,9 @@ from burnish.native import build, products
 
 EXTRA = {"native": (), "AVX2": ("-march=x86-64-v3",), "portable": ("-DPORTABLE",)}
 GROUPS = [Form(4, 32), Form(4, 128, False), Form(4, -1, False)]
-KINDS = [(NF4, True), (NF4, False), (Int8, None), *((form, None) for form in GROUPS)]
+KINDS = [(NF4, True), (NF4, False), (FP4, True), (Int8, None), *((form, None) for form in GROUPS)]
 kinds = pytest.mark.parametrize(
-    ("kind", "double"), KINDS, ids=["nf4", "nf4, plain constants", "int8", "groups", "zeros", "rows"]
+    ("kind", "double"), KINDS, ids=["nf4", "nf4, plain constants", "fp4", "int8", "groups", "zeros", "rows"]
 )
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 TOKENS = [*range(1, products.FEW_TOKENS + 1), 33, 49, 64, 65, 100, 130]

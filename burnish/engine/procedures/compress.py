@@ -24,7 +24,7 @@ class QuantizeConfig(ProofOptions):
 
     positional: ClassVar[str] = "model"
     model: str = field(default="pebble", metadata={"help": "checkpoint folder, hub id or 'pebble'"})
-    method: Literal["int8", "nf4", "int_groups", "gptq"] = field(
+    method: Literal["int8", "nf4", "fp4", "fp8", "int_groups", "gptq"] = field(
         default="nf4", metadata={"help": "how the weights are stored"}
     )
     techniques: list[Any] = field(

@@ -1,0 +1,111 @@
+"""FP8: weights as floating-point numbers of eight bits, E4M3, with a scale per output row; activations too if asked.
+
+    q = e4m3(448 w / max|w_row|),    w ~ q max|w_row| / 448
+
+With `activation_scheme` "dynamic" each token's activations are rounded in the same way before the product, as hardware
+that multiplies such numbers takes them: x W^T ~ (p q^T) max|x_token| max|w_row| / 448^2. Source: FP8 Formats for Deep
+Learning (arXiv 2209.05433), section 3. A GPU of compute capability 8.9 or higher multiplies the stored numbers;
+elsewhere the matrix is expanded for the product, which saves memory and no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from burnish.model.bundle import Context, Model
+from burnish.model.linear import Spans, Weight, take
+from burnish.model.surgery import reserve, store
+
+CHANGES_BASE = True
+STORES_ANEW = True
+E4M3, LARGEST = torch.float8_e4m3fn, 448.0
+UNIT = 16  # the hardware multiplies matrices whose sides it divides
+
+
+@dataclass(frozen=True)
+class Config:
+    """`target_modules` as for LoRA; the head and the embeddings stay. `activation_scheme`: none, or dynamic."""
+
+    target_modules: list[str] | str = "all-linear"
+    activation_scheme: Literal["none", "dynamic"] = "none"
+
+    def without(self, paths: Sequence[str]) -> Config:
+        """Where the projections at `paths` are no longer stored this way."""
+        return replace(self, target_modules=[path for path in self.target_modules if path not in paths])
+
+
+@cache
+def multiplies(device: torch.device) -> bool:
+    """Whether a device has instructions for products of these numbers."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows (n, in) -> (n, in) E4M3, and (n, 1) float32 scales."""
+    wide = rows.detach().float()
+    scale = wide.abs().amax(1, keepdim=True).clamp(min=1e-30) / LARGEST
+    return (wide / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
+
+
+class FP8(Weight):
+    """`values` (out, in) uint8, the bits of E4M3, so that no cast changes them, and `scale` (out,) float32."""
+
+    def __init__(self, values: Tensor, scale: Tensor, dynamic: bool = False):
+        super().__init__()
+        self.dynamic = dynamic
+        self.values = nn.Parameter(values, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.shape = (values.shape[0], values.shape[1])
+
+    @classmethod
+    def quantize(cls, dense: Tensor, dynamic: bool = False) -> FP8:
+        """dense (out, in), any floating dtype."""
+        values, scale = rounded(dense)
+        return cls(values.view(torch.uint8), scale[:, 0], dynamic)
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, dynamic: bool = False) -> FP8:
+        """Storage to load into."""
+        return cls(torch.empty(rows, columns, dtype=torch.uint8), torch.empty(rows), dynamic)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.dynamic:
+            return super().product(x, bias)
+        values, scale = rounded(x)
+        if multiplies(x.device) and not any(side % UNIT for side in self.shape):
+            weight, rows = self.values.view(E4M3).t(), self.scale.float()[None]
+            out = torch._scaled_mm(values, weight, scale_a=scale, scale_b=rows, out_dtype=torch.bfloat16)
+            return (out if bias is None else out + bias).to(x.dtype)
+        return super().product((values.float() * scale).to(x.dtype), bias)
+
+    def dequantize(self) -> Tensor:
+        return self.values.view(E4M3).float() * self.scale.float()[:, None]
+
+    @property
+    def in_pieces(self) -> bool:
+        return True
+
+    def expand(self, first: int, out: Tensor) -> None:
+        rows = slice(first, first + len(out))
+        torch.mul(self.values[rows].view(E4M3).to(out.dtype), self.scale[rows].to(out.dtype)[:, None], out=out)
+
+    def shard(self, dim: int, spans: Spans) -> FP8:
+        scale = take(self.scale, 0, spans) if dim == 0 else self.scale.clone()
+        return FP8(take(self.values, dim, spans), scale, self.dynamic)
+
+
+def apply(model: Model, config: Config, context: Context) -> Config:
+    """Round the targets in place, one at a time."""
+    make = partial(FP8.quantize, dynamic=config.activation_scheme == "dynamic")
+    return replace(config, target_modules=store(model.net, config.target_modules, make))
+
+
+def rebuild(model: Model, config: Config) -> None:
+    make = partial(FP8.empty, dynamic=config.activation_scheme == "dynamic")
+    reserve(model.net, config.target_modules, make)
