@@ -62,9 +62,8 @@ def log_probabilities(model: Model, rows: Tensor) -> Tensor:
 class Judge:
     """Perplexity and divergence on held-out rows; the base's distributions are kept in 16 bits."""
 
-    def __init__(self, rows: Tensor):
+    def __init__(self, rows: Tensor, base: Model):
         self.parts = rows.split(8)
-        base = burnish.load("pebble")
         self.base = [log_probabilities(base, part).half() for part in self.parts]
 
     def __call__(self, model: Model) -> dict[str, float]:
@@ -106,7 +105,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = burnish.load("pebble")
-    judge = Judge(held_out(model, options.held_out))
+    judge = Judge(held_out(model, options.held_out), model)
     draw = torch.Generator().manual_seed(0)
     text = {
         "matching": torch.cat([b["input_ids"] for b in calibration.batches(model, Context(), options.rows, LENGTH, "")])

@@ -1,15 +1,17 @@
-"""How near decoding and prefill come to the machine's limits, burnish beside transformers and llama.cpp.
+"""How near decoding and prefill come to the machine's limits, burnish beside its peers.
 
     python benchmarks/inference.py --rounds 2 --tokens 24 --threads 2 --llama-python python
 
 The model is a random Llama of 0.85 thousand million parameters, in bfloat16 and as each engine stores it in 8 and 4
-bits; llama.cpp reads files of the same shapes and of its own types, made from other random numbers. Every run is a
+bits; llama.cpp reads files of the same shapes and of its own types, made from other random numbers, and burnish reads
+the quantised ones too. bitsandbytes and torchao quantise transformers' model, and torchao's is compiled. Every run is a
 process of its own; the order of the runs is turned round from round to round. Decoding counts single tokens after a
 prompt of 32, by their median; prefill is a prompt of 256 to its first token, by the fastest of three. The limits, the
 bandwidth of reading memory and the rate of matrix products of 2048 in the faster of float32 and bfloat16, are measured
 before every run, and the best of each is taken. transformers runs in float32 too, which suits processors without
 instructions for bfloat16.
---llama-python is an interpreter with llama-cpp-python and gguf; without it llama.cpp is left away.
+--llama-python is an interpreter with llama-cpp-python and gguf; without it llama.cpp is left away. So are bitsandbytes
+and torchao where they cannot be imported.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +37,15 @@ RUNS = {
     "burnish bf16": ("burnish", ""),
     "burnish int8": ("burnish", "int8"),
     "burnish nf4": ("burnish", "nf4"),
+    "burnish int_groups": ("burnish", "int_groups"),
+    "burnish Q8_0": ("file", "Q8_0"),
+    "burnish Q4_0": ("file", "Q4_0"),
     "transformers bf16": ("transformers", ""),
     "transformers float32": ("transformers", "float32"),
+    "bitsandbytes int8": ("bitsandbytes", "int8"),
+    "bitsandbytes nf4": ("bitsandbytes", "nf4"),
+    "torchao int8": ("torchao", "int8"),
+    "torchao int4": ("torchao", "int4"),
     "llama.cpp BF16": ("llama", "BF16"),
     "llama.cpp Q8_0": ("llama", "Q8_0"),
     "llama.cpp Q4_0": ("llama", "Q4_0"),
@@ -109,30 +119,66 @@ def timed(prefill: Callable[[list[int]], Any], tokens: Callable[[list[int]], Ite
 
 def run_burnish(folder: Path, technique: str, count: int) -> dict[str, Any]:
     from burnish import chain
-    from burnish.engine.generate import GenerationConfig, stream
-    from burnish.model.example import IGNORE, Example
     from burnish.store.checkpoint import load
 
     techniques = [technique] if technique else []
-    model = chain.apply(load(folder / "base", techniques=techniques), techniques)
+    return run_model(chain.apply(load(folder / "base", techniques=techniques), techniques), count)
+
+
+def run_file(folder: Path, kind: str, count: int) -> dict[str, Any]:
+    from burnish.store.checkpoint import load
+
+    return run_model(load(folder / f"{kind}.gguf"), count)
+
+
+def run_model(model: Any, count: int) -> dict[str, Any]:
+    from burnish.engine.generate import GenerationConfig, stream
+    from burnish.model.example import IGNORE, Example
 
     def reply(prompt: list[int], length: int) -> Iterator[Any]:
         settings = GenerationConfig(max_new_tokens=length, min_new_tokens=length)
         return stream(model, [Example(prompt, [IGNORE] * len(prompt), fields={"prompt": ""})], settings)
 
-    read = {p.data_ptr(): p.numel() * p.element_size() for p in model.net.parameters()}
-    read.pop(model.net.embed_tokens.weight.data_ptr())
+    read = [p.nbytes for name, p in model.net.named_parameters() if not name.startswith("embed_tokens.")]
     found = timed(lambda prompt: list(reply(prompt, 1)), lambda prompt: reply(prompt, count))
-    return found | {"bytes": sum(read.values())}
+    return found | {"bytes": sum(read)}
 
 
-def run_transformers(folder: Path, kind: str, count: int) -> dict[str, Any]:
+def run_transformers(folder: Path, kind: str, count: int, **options: Any) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.float32 if kind else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype).eval()
-    settings = {"do_sample": False, "pad_token_id": 0}
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype, **options).eval()
+    return timed_by_transformers(model, count)
+
+
+def run_bitsandbytes(folder: Path, kind: str, count: int) -> dict[str, Any]:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    four["bnb_4bit_compute_dtype"] = torch.bfloat16
+    config = BitsAndBytesConfig(**(four if kind == "nf4" else {"load_in_8bit": True}))
+    return run_transformers(folder, "", count, quantization_config=config, device_map="cpu")
+
+
+def run_torchao(folder: Path, kind: str, count: int) -> dict[str, Any]:
+    import torch
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16).eval()
+    quantize_(model.model, Int8WeightOnlyConfig() if kind == "int8" else PrototypeInt4WeightOnlyConfig())
+    model.forward = torch.compile(model.forward)
+    return timed_by_transformers(model, count, cache_implementation="static", disable_compile=True)
+
+
+def timed_by_transformers(model: Any, count: int, **options: Any) -> dict[str, Any]:
+    import torch
+
+    settings = {"do_sample": False, "pad_token_id": 0, **options}
 
     class Marks:
         def __init__(self) -> None:
@@ -149,11 +195,19 @@ def run_transformers(folder: Path, kind: str, count: int) -> dict[str, Any]:
         model.generate(given, max_new_tokens=length, min_new_tokens=length, streamer=marks, **settings)
 
     found = timed(lambda prompt: reply(prompt, 1), lambda prompt: iter(()))
+    reply(ids(PROMPT), 4)  # compiles
     marks = Marks()
     reply(ids(PROMPT), count, marks)  # the prompt is put first
     found["token"] = [end - begin for begin, end in zip(marks.seen[2:], marks.seen[3:], strict=False)]
-    size = sum(p.numel() * p.element_size() for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    size = sum(stored(parameter) for parameter in model.parameters()) - model.get_input_embeddings().weight.nbytes
     return found | {"bytes": size}
+
+
+def stored(tensor: Any) -> int:
+    """Bytes of a tensor, or of those that it is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    return sum(stored(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
 def run_llama(folder: Path, kind: str, count: int) -> dict[str, Any]:
@@ -201,8 +255,7 @@ def child(folder: Path, name: str, count: int) -> None:
         import torch
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    runs = {"burnish": run_burnish, "transformers": run_transformers, "llama": run_llama}
-    print(json.dumps(runs[engine](folder, kind, count)))
+    print(json.dumps(globals()[f"run_{engine}"](folder, kind, count)))
 
 
 def main() -> None:
@@ -219,9 +272,10 @@ def main() -> None:
     given = parser.parse_args()
     environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}
     here = [sys.executable, __file__]
-    engines = given.only.split(",") if given.only else ["burnish", "transformers", "llama"]
+    engines = set(given.only.split(",")) if given.only else {engine for engine, _ in RUNS.values()}
+    engines -= {name for name in ("bitsandbytes", "torchao") if not find_spec(name)}
+    engines -= set() if given.llama_python else {"llama", "file"}
     names = [name for name, (engine, _) in RUNS.items() if engine in engines]
-    names = [name for name in names if given.llama_python or not name.startswith("llama")]
 
     def called(command: list[str]) -> Any:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -233,9 +287,8 @@ def main() -> None:
     measured = []
     with tempfile.TemporaryDirectory() as scratch:
         write_model(Path(scratch) / "base")
-        for name in names:
-            if name.startswith("llama"):
-                called([given.llama_python, __file__, "--gguf", scratch, RUNS[name][1]])
+        for kind in {kind for engine, kind in map(RUNS.get, names) if engine in ("llama", "file")}:
+            called([given.llama_python, __file__, "--gguf", scratch, kind])
         for number in range(given.rounds):
             for name in names if number % 2 == 0 else reversed(names):
                 measured.append(called([*here, "--limits"]))
