@@ -10,6 +10,7 @@ import tiny
 
 from burnish.bench.compare import CompareConfig, compare
 from burnish.bench.tasks import load_task, majority, parse_task, shuffled
+from burnish.cli import main
 from burnish.config import UserError
 
 PAIRS = [("the cat sees the", "dog"), ("the dog sees the", "cat"), ("where is the red", "fish")]
@@ -180,6 +181,18 @@ def test_controls():
     assert sorted(r["completion"] for r in dealt) == sorted(r["completion"] for r in task.train)
     assert [r["completion"] for r in dealt] != [r["completion"] for r in task.train]
     assert [r["prompt"] for r in dealt] == [r["prompt"] for r in task.train]
+
+
+def test_an_ngram_model_is_a_row_beside_neural_ones(root, tmp_path, data):
+    """Of the same tokenizer, so that their perplexities are of the same tokens."""
+    base = str(tiny.folder(root, "llama"))
+    given = ["--data", data, "--tokenizer", base, "--output-dir", str(tmp_path / "ngram")]
+    assert main(["pretrain", "--model", "ngram", *given]) == 0
+    rows = [{"name": "base"}, {"name": "n-gram", "model": str(tmp_path / "ngram")}]
+    task = {"name": "mine", "data": data, "metric": "perplexity"}
+    results, _ = run(tmp_path, base, [task], rows, controls=False)
+    found = {row["name"]: row["quality"]["mean"] for row in results["rows"]}
+    assert found["n-gram"] < found["base"] / 5  # it has counted these very rows
 
 
 def test_an_encoder_decoder_is_compared(root, tmp_path, data):
