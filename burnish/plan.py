@@ -18,10 +18,11 @@ from burnish import chain, device
 from burnish.config import Bytes, UserError
 from burnish.model.bundle import Model, build
 from burnish.model.families import read_spec
-from burnish.store.checkpoint import read_json
+from burnish.store.checkpoint import has_tokenizer, read_json
 from burnish.store.gguf_model import opened
 from burnish.store.gguf_tokenizer import rebuilt
 from burnish.store.hub import resolve
+from burnish.store.identity import weight_files
 from burnish.store.tensors import read_folder
 from burnish.store.tokenizer import load_tokenizer
 
@@ -64,6 +65,26 @@ class Plan:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
+def shadow(source: str | Path) -> Model:
+    """A checkpoint's model without storage (torch's meta device), by its headers. A folder may have nothing but a
+    config.json, whose `dtype` then tells float32 from 16 bits."""
+    folder = resolve(source)
+    gguf = opened(folder) if folder.is_file() else None
+    hf_config = gguf.config if gguf else read_json(folder / "config.json")
+    bare = gguf is None and not weight_files(folder)
+    entries = gguf.tensors if gguf else {} if bare else read_folder(folder)
+    spec = read_spec(hf_config, stored=None if bare else entries)
+    itemsize = max((entry.dtype.itemsize for entry in entries.values()), default=2)
+    if bare and (hf_config.get("dtype") or hf_config.get("torch_dtype")) == "float32":
+        itemsize = 4
+    with torch.device("meta"):
+        net = build(spec, hf_config).to(torch.bfloat16 if itemsize == 2 else torch.float32)
+        if gguf is not None:
+            gguf.rebuild(net, None)
+    tokenizer = rebuilt(gguf.file) if gguf else None if bare and not has_tokenizer(folder) else load_tokenizer(folder)
+    return Model(net, tokenizer, hf_config)
+
+
 def plan(
     source: str | Path,
     techniques: Sequence[Any] = (),
@@ -75,20 +96,10 @@ def plan(
     """Predict for the checkpoint `source` with a chain and batches of `rows` x `tokens`; of a paged optimiser's state
     at most `optimizer_limit` bytes are in memory.
 
-    Only headers are read: the chain is applied to a network without storage (torch's meta device).
+    Only headers are read: the chain is applied to a network without storage.
     """
-    folder = resolve(source)
-    gguf = opened(folder) if folder.is_file() else None
-    hf_config = gguf.config if gguf else read_json(folder / "config.json")
-    entries = gguf.tensors if gguf else read_folder(folder)
-    spec = read_spec(hf_config, stored=entries)
-    itemsize = max((entry.dtype.itemsize for entry in entries.values()), default=2)
-    with torch.device("meta"):
-        net = build(spec, hf_config).to(torch.bfloat16 if itemsize == 2 else torch.float32)
-        if gguf is not None:
-            gguf.rebuild(net, None)
-    tokenizer = rebuilt(gguf.file) if gguf else load_tokenizer(folder)
-    model = chain.apply(Model(net, tokenizer, hf_config), list(techniques))
+    model = chain.apply(shadow(source), list(techniques))
+    spec, itemsize = model.spec, model.net.dtype.itemsize
     trainable = sum(p.numel() for p in model.trainable().values())
     stored = sum(p.numel() * p.element_size() for p in model.net.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.trainable().values())

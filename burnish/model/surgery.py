@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -47,6 +48,24 @@ def select(net: Network, targets: Sequence[str] | str) -> list[tuple[str, Linear
             )
         chosen_paths.update(hits)
     return [pair for pair in found if pair[0] in chosen_paths]
+
+
+def by_path(pattern: Mapping[str, Any], net: Network, paths: Sequence[str], where: str = "") -> dict[str, Any]:
+    """A pattern's values by path; a key is a regular expression over the end of a path in either vocabulary, and the
+    first that matches counts. With `where`, which begins the message, a key that matches none is a UserError."""
+    found: dict[str, Any] = {}
+    matched: set[str] = set()
+    aliases = net.layout.modules
+    for path in paths:
+        names = (path, aliases.get(path, path))
+        hits = [key for key in pattern if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names)]
+        matched |= {*hits}
+        if hits:
+            found[path] = pattern[hits[0]]
+    for key in pattern:
+        if where and key not in matched:
+            raise UserError(f"{where}: '{key}' matches none of target_modules")
+    return found
 
 
 def replace(net: nn.Module, path: str, build: Callable[[nn.Module], nn.Module], corrects: str = "") -> nn.Module:
