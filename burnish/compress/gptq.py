@@ -81,7 +81,8 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     for path in ("", *pattern):
         config.form(path).check(NAME)
     if model.device.type == "meta":
-        rebuild(model, config)
+        with model.device:
+            rebuild(model, config)
         return config
     device.return_large_blocks()
     data = calibration.batches(model, context, config.nsamples, config.max_length, NAME)

@@ -119,11 +119,15 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     """Quantise the targets in place, one at a time."""
     if not config.llm_int8_threshold >= 0:
         raise UserError(f"int8: llm_int8_threshold: must be at least 0, is {config.llm_int8_threshold}; 6.0 is usual")
-    paths = []
-    for path, linear in select(model.net, config.target_modules):
+    targets = select(model.net, config.target_modules)
+    config = replace(config, target_modules=[path for path, _ in targets])
+    if model.device.type == "meta":
+        with model.device:
+            rebuild(model, config)
+        return config
+    for _, linear in targets:
         linear.weight = Int8.quantize(linear.weight.dequantize(), config.llm_int8_threshold)
-        paths.append(path)
-    return replace(config, target_modules=paths)
+    return config
 
 
 def rebuild(model: Model, config: Config) -> None:

@@ -51,7 +51,8 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     for path in ("", *pattern):
         config.form(path).check("int_groups")
     if model.device.type == "meta":
-        rebuild(model, config)
+        with model.device:
+            rebuild(model, config)
         return config
     for path, linear in targets:
         linear.weight = config.form(path).round(linear.weight.dequantize())

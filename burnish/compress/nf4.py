@@ -214,11 +214,15 @@ class NF4(Weight):
 
 def apply(model: Model, config: Config, context: Context) -> Config:
     """Quantise the targets in place, one at a time."""
-    paths = []
-    for path, linear in select(model.net, config.target_modules):
+    targets = select(model.net, config.target_modules)
+    config = replace(config, target_modules=[path for path, _ in targets])
+    if model.device.type == "meta":
+        with model.device:
+            rebuild(model, config)
+        return config
+    for _, linear in targets:
         linear.weight = NF4.quantize(linear.weight.dequantize(), config.double_quant)
-        paths.append(path)
-    return replace(config, target_modules=paths)
+    return config
 
 
 def rebuild(model: Model, config: Config) -> None:

@@ -71,7 +71,8 @@ def fits(net: Network) -> dict[str, Grouped]:
     their bits; else none."""
     found = {path: linear.weight for path, linear in linears(net)}
     grouped = {path: weight for path, weight in found.items() if isinstance(weight, Grouped)}
-    others = [part for part in net.modules() if isinstance(part, Weight) and part not in set(grouped.values())]
+    own = set(grouped.values())
+    others = [part for part in net.modules() if isinstance(part, Weight) and part not in own]
     whole = len(grouped) == len(found) and all(isinstance(part, Dense) for part in others)
     alike = len({replace(weight.form, bits=0) for weight in grouped.values()}) == 1
     divides = all(not rows % WORD and not columns % WORD for rows, columns in (w.shape for w in grouped.values()))
