@@ -152,8 +152,9 @@ class Size:
 def sizes(source: str | Path, rows: int = 1, tokens: int = 512) -> list[Size]:
     """The checkpoint `source` in every format, as the code that writes it makes it of a network without storage; a
     folder may have nothing but a config.json. Memory is of the weights, and of the cache of `rows` x `tokens`."""
-    plain, found = plan(source, rows=rows, tokens=tokens), []
+    plain = plan(source, rows=rows, tokens=tokens)
     count, cache = plain.parameters, plain.cache
+    found: list[Size] = []
     for name, techniques in FORMATS.items():
         model = chain.apply(shadow(source), techniques)
         name = name or str(model.net.dtype).removeprefix("torch.")
