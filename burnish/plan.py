@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,17 +16,28 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from burnish import chain, device
+from burnish.compress.grouped import BITS
 from burnish.config import Bytes, UserError
 from burnish.model.bundle import Model, build
 from burnish.model.families import read_spec
-from burnish.store.checkpoint import read_json
-from burnish.store.gguf_model import opened
+from burnish.store import gguf_model
+from burnish.store.checkpoint import contents, has_tokenizer, read_json
+from burnish.store.gguf import heading
+from burnish.store.gguf_model import TYPES, opened
 from burnish.store.gguf_tokenizer import rebuilt
 from burnish.store.hub import resolve
+from burnish.store.identity import weight_files
 from burnish.store.tensors import read_folder
 from burnish.store.tokenizer import load_tokenizer
 
 MIB = 1 << 20
+FORMATS: dict[str, list[Any]] = {
+    "": [],
+    "int8": ["int8"],
+    "nf4": [{"nf4": {"double_quant": False}}],
+    "nf4, double quantised": ["nf4"],
+    **{f"int_groups or gptq, {bits} bits": [{"int_groups": {"bits": bits}}] for bits in sorted(BITS, reverse=True)},
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,9 @@ class PlanConfig:
     gradient_checkpointing: bool = field(default=False, metadata={"help": "keep one activation per layer"})
     optim: Literal["adamw", "paged_adamw"] = field(default="adamw", metadata={"help": "the optimiser, as in tune"})
     optim_memory_limit: Bytes = field(default=Bytes(64_000_000), metadata={"help": "bytes of paged_adamw's pages"})
+    formats: bool = field(
+        default=False, metadata={"help": "instead: the model's size in every format that burnish writes"}
+    )
     json: bool = field(default=False, metadata={"help": "print JSON"})
 
 
@@ -64,6 +79,26 @@ class Plan:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
+def shadow(source: str | Path) -> Model:
+    """A checkpoint's model without storage (torch's meta device), by its headers. A folder may have nothing but a
+    config.json, whose `dtype` then tells float32 from 16 bits."""
+    folder = resolve(source)
+    gguf = opened(folder) if folder.is_file() else None
+    hf_config = gguf.config if gguf else read_json(folder / "config.json")
+    bare = gguf is None and not weight_files(folder)
+    entries = gguf.tensors if gguf else {} if bare else read_folder(folder)
+    spec = read_spec(hf_config, stored=None if bare else entries)
+    itemsize = max((entry.dtype.itemsize for entry in entries.values()), default=2)
+    if bare and (hf_config.get("dtype") or hf_config.get("torch_dtype")) == "float32":
+        itemsize = 4
+    with torch.device("meta"):
+        net = build(spec, hf_config).to(torch.bfloat16 if itemsize == 2 else torch.float32)
+        if gguf is not None:
+            gguf.rebuild(net, None)
+    tokenizer = rebuilt(gguf.file) if gguf else None if bare and not has_tokenizer(folder) else load_tokenizer(folder)
+    return Model(net, tokenizer, hf_config)
+
+
 def plan(
     source: str | Path,
     techniques: Sequence[Any] = (),
@@ -75,20 +110,10 @@ def plan(
     """Predict for the checkpoint `source` with a chain and batches of `rows` x `tokens`; of a paged optimiser's state
     at most `optimizer_limit` bytes are in memory.
 
-    Only headers are read: the chain is applied to a network without storage (torch's meta device).
+    Only headers are read: the chain is applied to a network without storage.
     """
-    folder = resolve(source)
-    gguf = opened(folder) if folder.is_file() else None
-    hf_config = gguf.config if gguf else read_json(folder / "config.json")
-    entries = gguf.tensors if gguf else read_folder(folder)
-    spec = read_spec(hf_config, stored=entries)
-    itemsize = max((entry.dtype.itemsize for entry in entries.values()), default=2)
-    with torch.device("meta"):
-        net = build(spec, hf_config).to(torch.bfloat16 if itemsize == 2 else torch.float32)
-        if gguf is not None:
-            gguf.rebuild(net, None)
-    tokenizer = rebuilt(gguf.file) if gguf else load_tokenizer(folder)
-    model = chain.apply(Model(net, tokenizer, hf_config), list(techniques))
+    model = chain.apply(shadow(source), list(techniques))
+    spec, itemsize = model.spec, model.net.dtype.itemsize
     trainable = sum(p.numel() for p in model.trainable().values())
     stored = sum(p.numel() * p.element_size() for p in model.net.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.trainable().values())
@@ -112,6 +137,36 @@ def plan(
         activations=active,
         cache=cache if spec.kind != "encoder" else 0,
     )
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model in a format that burnish writes: bytes of its weights' file, of running it, and bits a weight."""
+
+    format: str
+    bytes: int
+    memory: int
+    bits_per_weight: float
+
+
+def sizes(source: str | Path, rows: int = 1, tokens: int = 512) -> list[Size]:
+    """The checkpoint `source` in every format, as the code that writes it makes it of a network without storage; a
+    folder may have nothing but a config.json. Memory is of the weights, and of the cache of `rows` x `tokens`."""
+    plain = plan(source, rows=rows, tokens=tokens)
+    count, cache = plain.parameters, plain.cache
+    found: list[Size] = []
+    for name, techniques in FORMATS.items():
+        model = chain.apply(shadow(source), techniques)
+        name = name or str(model.net.dtype).removeprefix("torch.")
+        nbytes, weights = contents(model).nbytes, sum(p.numel() * p.element_size() for p in model.net.parameters())
+        found.append(Size(name, nbytes, weights + cache, 8 * nbytes / count))
+    model = shadow(source)
+    with suppress(UserError):  # what GGUF cannot hold
+        for kind in TYPES:
+            metadata, pieces, _ = gguf_model.contents(model, kind)
+            nbytes, weights = heading(metadata, pieces)[1], sum(piece.nbytes for piece in pieces.values())
+            found.append(Size(f"GGUF {kind}", nbytes, weights + cache, 8 * nbytes / count))
+    return found
 
 
 def check_memory(
@@ -138,6 +193,8 @@ def check_memory(
 
 def run(config: PlanConfig) -> int:
     """Print the prediction beside the memory that is free."""
+    if config.formats:
+        return run_formats(config)
     found = plan(
         config.model,
         config.techniques,
@@ -156,4 +213,23 @@ def run(config: PlanConfig) -> int:
     for name, needed in (("inference", found.inference), ("training", found.training)):
         fits = "fits" if needed <= free else "does not fit"
         print(f"{name:<11} {needed / MIB:>10,.1f} MiB   {fits} in the {free / MIB:,.0f} MiB that are free")
+    return 0
+
+
+def run_formats(config: PlanConfig) -> int:
+    """Print the size in every format beside the memory that is free."""
+    if config.techniques:
+        raise UserError("techniques: formats are of the plain model; leave one of both away")
+    found = sizes(config.model, config.per_device_train_batch_size, config.max_length)
+    free = device.available_memory()
+    if config.json:
+        print(json.dumps({"formats": [asdict(size) for size in found], "free": free}))
+        return 0
+    print(f"{'format':<26}{'file':>14}{'memory to run':>16}{'bits a weight':>16}")
+    for size in found:
+        fits = "" if size.memory <= free else "   does not fit"
+        shown = f"{size.bytes / 1e6:>11,.1f} MB{size.memory / 1e6:>13,.1f} MB{size.bits_per_weight:>16.2f}"
+        print(f"{size.format:<26}{shown}{fits}")
+    tokens = f"{config.per_device_train_batch_size} x {config.max_length} tokens"
+    print(f"memory: weights, and the cache of {tokens}; {free / 1e6:,.0f} MB are free")
     return 0

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import tiny
 import torch
 
 from burnish import chain
 from burnish.bench.twin import write_twin
+from burnish.cli import main
 from burnish.model.cache import KVCache
-from burnish.plan import plan
-from burnish.store.checkpoint import load, read_json
+from burnish.plan import FORMATS, plan, sizes
+from burnish.store import gguf_model
+from burnish.store.checkpoint import load, read_json, save
+from burnish.store.hub import resolve
+from burnish.store.identity import stored_bytes
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -42,3 +49,53 @@ def test_a_paged_optimiser_is_capped(root):
     assert (plain.optimizer, paged.optimizer) == (8 * plain.trainable, 8192)
     assert plain.training - paged.training == plain.optimizer - 8192
     assert plan(folder, ["full"], optimizer_limit=1 << 40) == plain
+
+
+def test_formats_are_those_of_the_files(tmp_path):
+    """Every format's file, and its weights in memory when it is read back."""
+    shape = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512}
+    folder = tiny.write(tmp_path / "base", tiny.reference("llama", **shape))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resolve("pebble") / name, folder / name)
+    found = {size.format: size for size in sizes(folder, 2, 24)}
+    made = {}
+    for name, techniques in FORMATS.items():
+        out = tmp_path / (name or "float32")
+        save(chain.apply(load(folder), techniques), out)
+        made[name or "float32"] = out
+    for kind in gguf_model.TYPES:
+        made[f"GGUF {kind}"] = tmp_path / f"{kind}.gguf"
+        gguf_model.write(load(folder), made[f"GGUF {kind}"], kind)
+    assert found.keys() == made.keys()
+    for name, path in made.items():
+        model = load(path)
+        cache = KVCache(model.spec, 2, 24, torch.float32)
+        weights = sum(p.numel() * p.element_size() for p in model.net.parameters())
+        assert found[name].bytes == pytest.approx(stored_bytes(path), rel=0.002)
+        held = sum(x.nbytes for x in (*cache.keys.values(), *cache.values.values()))
+        assert found[name].memory == pytest.approx(weights + held, rel=0.002)
+        bits = 8 * stored_bytes(path) / load(folder).parameter_count()
+        assert found[name].bits_per_weight == pytest.approx(bits, rel=0.002)
+
+
+def test_seventy_thousand_million_parameters_by_a_config_alone(tmp_path, capsys):
+    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    shape |= {"num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "float16", **shape}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(tmp_path), "--formats", "--json"]) == 0
+    found = {size["format"]: size for size in json.loads(capsys.readouterr().out)["formats"]}
+    assert round(found["bfloat16"]["bytes"] / 1e9) == round(found["GGUF f16"]["bytes"] / 1e9) == 138
+    four = ("int_groups or gptq, 4 bits", "nf4", "nf4, double quantised", "GGUF q4_0", "GGUF q4_k")
+    assert all(36e9 < found[name]["bytes"] < 40e9 and 4.2 < found[name]["bits_per_weight"] < 4.6 for name in four)
+    cache = found["GGUF q6_k"]["memory"] - found["GGUF q6_k"]["bytes"]
+    assert cache == pytest.approx(2 * 80 * 1024 * 4096 * 2, rel=0.01)
+    assert main(["plan", str(tmp_path)]) == 0 and "68,976,648,192" in capsys.readouterr().out
+
+
+def test_formats_of_what_gguf_cannot_hold(root, capsys):
+    assert main(["plan", str(tiny.folder(root, "bert")), "--formats"]) == 0
+    shown = capsys.readouterr().out
+    assert "int_groups or gptq, 3 bits" in shown and "GGUF" not in shown
+    assert main(["plan", "pebble", "--formats", "--techniques", "[nf4]"]) == 2
+    assert "formats are of the plain model" in capsys.readouterr().err

@@ -195,12 +195,16 @@ def figures(
     pairs = [(row, m) for row, m in zip(judgement.rows, marks, strict=True) if finished(row)]
     memory = [replace(m, x=row["peak_memory_bytes"]) for row, m in pairs if row["peak_memory_bytes"] is not None]
     latency = [replace(m, x=row["latency_ms"]["mean"]) for row, m in pairs if row["latency_ms"]["mean"] is not None]
+    artefact = [replace(m, x=row["artifact_bytes"]) for row, m in pairs if row["artifact_bytes"] is not None]
     unit, word = (GIB, "GiB") if max((m.x for m in memory), default=0) > 4 * GIB else (MIB, "MiB")
     drawn = {
         "Quality against peak memory": plots.scatter(
             memory, metric, f"peak memory ({word})", unit=unit, limit=budget.get("max_memory_bytes")
         ),
         "Quality against latency": plots.scatter(latency, metric, "latency (ms)", limit=budget.get("max_latency_ms")),
+        "Quality against the artefact's size": plots.scatter(
+            artefact, metric, "artefact (MiB)", unit=MIB, limit=budget.get("max_artifact_bytes")
+        ),
         "Learning curves": plots.curves(marks, "step", "training loss"),
         "Quality by number of training examples": plots.curves(
             [replace(m, curve=[(n, mean) for n, mean, _ in row["examples"]]) for row, m in pairs],

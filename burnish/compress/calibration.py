@@ -126,15 +126,15 @@ def computing(net: Network) -> Iterator[None]:
         net.compute_dtype = kind
 
 
-def feed(net: Network, batch: dict[str, Tensor]) -> None:
-    """Run the network over a batch."""
+def feed(net: Network, batch: dict[str, Tensor]) -> Tensor:
+    """The network's hidden states of a batch."""
     source = {}
     if "source_input_ids" in batch:
         source = {
             "source_embeds": net.embed(batch["source_input_ids"]),
             "source_mask": batch["source_attention_mask"],
         }
-    net(batch["input_ids"], attention_mask=batch.get("attention_mask"), **source)
+    return net(batch["input_ids"], attention_mask=batch.get("attention_mask"), **source)
 
 
 def in_turn(model: Model, data: Sequence[dict[str, Tensor]], technique: str) -> Iterator[tuple[nn.Module, list[Call]]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import ClassVar, Self, cast
 
 import torch
@@ -194,10 +194,10 @@ class FourBit(Weight):
 
 def quantise(kind: type[FourBit], model: Model, config: Config) -> Config:
     """Quantise the targets in place, one at a time."""
-    make = partial(kind.quantize, double_quant=config.double_quant)
-    return replace(config, target_modules=store(model.net, config.target_modules, make))
+    paths = store(model.net, config.target_modules, kind, double_quant=config.double_quant)
+    return replace(config, target_modules=paths)
 
 
 def storage(kind: type[FourBit], model: Model, config: Config) -> None:
     """Empty storage at the targets of a resolved config."""
-    reserve(model.net, config.target_modules, partial(kind.empty, double_quant=config.double_quant))
+    reserve(model.net, config.target_modules, kind, double_quant=config.double_quant)

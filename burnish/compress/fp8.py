@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Literal
 
 import torch
@@ -102,10 +102,9 @@ class FP8(Weight):
 
 def apply(model: Model, config: Config, context: Context) -> Config:
     """Round the targets in place, one at a time."""
-    make = partial(FP8.quantize, dynamic=config.activation_scheme == "dynamic")
-    return replace(config, target_modules=store(model.net, config.target_modules, make))
+    paths = store(model.net, config.target_modules, FP8, dynamic=config.activation_scheme == "dynamic")
+    return replace(config, target_modules=paths)
 
 
 def rebuild(model: Model, config: Config) -> None:
-    make = partial(FP8.empty, dynamic=config.activation_scheme == "dynamic")
-    reserve(model.net, config.target_modules, make)
+    reserve(model.net, config.target_modules, FP8, dynamic=config.activation_scheme == "dynamic")

@@ -12,7 +12,7 @@ The layers are taken in turn, each calibrated on what the quantised ones before 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from burnish.compress.grouped import Form, Grouped
 from burnish.config import UserError
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import Dense, Linear
-from burnish.model.surgery import linears, select
+from burnish.model.surgery import by_path, linears, select
 from burnish.native import plane
 
 NAME = "gptq"
@@ -39,9 +39,9 @@ CALIBRATES = True
 
 @dataclass(frozen=True)
 class Config:
-    """`bits`, `group_size` and `sym` as for `int_groups`. `desc_act`: the inputs with the largest activations first;
-    `static_groups`: groups of neighbours all the same, with grids from the weights as they were. `nsamples` rows of
-    `max_length` tokens calibrate. `ordered` follows. `target_modules` as for LoRA; the head and the embeddings stay.
+    """`bits`, `bits_pattern`, `group_size` and `sym` as for `int_groups`. `desc_act`: the inputs with the largest
+    activations first; `static_groups`: groups of neighbours all the same, with grids from the weights as they were.
+    `nsamples` rows of `max_length` tokens calibrate. `target_modules` as for LoRA; the head and the embeddings stay.
     """
 
     bits: int = 4
@@ -53,10 +53,12 @@ class Config:
     nsamples: int = 128
     max_length: int = 512
     target_modules: list[str] | str = "all-linear"
+    bits_pattern: dict[str, int] = field(default_factory=dict)
 
-    @property
-    def form(self) -> Form:
-        return Form(self.bits, self.group_size, self.sym, self.desc_act and not self.static_groups)
+    def form(self, path: str) -> Form:
+        """Of one projection, the pattern being resolved to paths."""
+        bits = self.bits_pattern.get(path, self.bits)
+        return Form(bits, self.group_size, self.sym, self.desc_act and not self.static_groups)
 
     def without(self, paths: Sequence[str]) -> Config:
         """Where the projections at `paths` are no longer stored this way."""
@@ -66,7 +68,6 @@ class Config:
 def apply(model: Model, config: Config, context: Context) -> Config:
     """Quantise the targets, layer by layer. Raises UserError for weights that are quantised already, data that is too
     short, and activations that are not finite."""
-    config.form.check(NAME)
     if not 0 < config.damp_percent < 1:
         raise UserError(f"technique '{NAME}': damp_percent is {config.damp_percent}; give a number between 0 and 1")
     targets = select(model.net, config.target_modules)
@@ -74,9 +75,14 @@ def apply(model: Model, config: Config, context: Context) -> Config:
         if not isinstance(linear.weight, Dense):
             kind = type(linear.weight).__name__
             raise UserError(f"technique '{NAME}': {path} is stored as {kind} already; take the model as it was before")
-    config = replace(config, target_modules=[path for path, _ in targets])
+    paths = [path for path, _ in targets]
+    pattern = by_path(config.bits_pattern, model.net, paths, f"technique '{NAME}': bits_pattern")
+    config = replace(config, target_modules=paths, bits_pattern=pattern)
+    for path in ("", *pattern):
+        config.form(path).check(NAME)
     if model.device.type == "meta":
-        rebuild(model, config)
+        with model.device:
+            rebuild(model, config)
         return config
     device.return_large_blocks()
     data = calibration.batches(model, context, config.nsamples, config.max_length, NAME)
@@ -86,7 +92,7 @@ def apply(model: Model, config: Config, context: Context) -> Config:
             for stage in calibration.stages(layer, calls[0]):
                 quantise_stage(layer, calls, [linear for _, linear in stage if linear in left], config, left, context)
         for linear, path in left.items():  # what no token reached, as some experts
-            linear.weight = config.form.round(linear.weight.dequantize())
+            linear.weight = config.form(path).round(linear.weight.dequantize())
             context.report({"layer": path, "error": None})
     return config
 
@@ -106,8 +112,9 @@ def quantise_stage(
     for linear in chosen:
         work = by_position(linear.weight.dequantize(), order)
         linear.weight = Dense(torch.empty(0, 0))  # gives its memory back
-        linear.weight, error = quantise(work, factor, order, config)
-        context.report({"layer": left.pop(linear), "error": error})
+        path = left.pop(linear)
+        linear.weight, error = quantise(work, factor, order, config.form(path), config.static_groups)
+        context.report({"layer": path, "error": error})
 
 
 def factorised(
@@ -163,15 +170,15 @@ def by_position(dense: Tensor, order: Tensor) -> Tensor:
     return work
 
 
-def quantise(work: Tensor, factor: Tensor, order: Tensor, config: Config) -> tuple[Grouped, float]:
+def quantise(work: Tensor, factor: Tensor, order: Tensor, form: Form, static_groups: bool) -> tuple[Grouped, float]:
     """The weights that `by_position` gave as codes, and the share of the calibrated outputs' power that is lost. `work`
     becomes the errors."""
-    form, (columns, rows) = config.form, work.shape
+    columns, rows = work.shape
     order = torch.where(order < 0, -1 - order, order)
     size = form.size(columns)
     power = outputs_power(factor, work)
     group_of = torch.arange(columns, device=work.device).flip(0) // size  # by position, as they are rounded
-    if config.static_groups:
+    if static_groups:
         group_of = order // size
         by_input, found = order.argsort(), []
         for part in work.t().split(max(1, PIECE // columns)):
@@ -181,13 +188,13 @@ def quantise(work: Tensor, factor: Tensor, order: Tensor, config: Config) -> tup
     else:
         scales, zeros = (torch.empty(-(-columns // size), rows, device=work.device) for _ in range(2))
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-    step = BLOCK if config.static_groups else size
+    step = BLOCK if static_groups else size
     for end in range(columns, 0, -step):
         start = max(0, end - step)
         here = slice(start, end)
         pull = factor[end:, here].t() @ work[end:]
         own = factor[here, here].contiguous()
-        if not config.static_groups:
+        if not static_groups:
             moved = work[here] + torch.linalg.solve_triangular(own.t(), pull, upper=True)
             group = int(group_of[start])
             scales[group], zeros[group] = form.grid(moved.t())
@@ -209,4 +216,4 @@ def rebuild(model: Model, config: Config) -> None:
     wanted = set(config.target_modules)
     for path, linear in linears(model.net):
         if path in wanted:
-            linear.weight = Grouped.empty(config.form, linear.out_features, linear.in_features)
+            linear.weight = Grouped.empty(config.form(path), linear.out_features, linear.in_features)

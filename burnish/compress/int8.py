@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -120,9 +119,9 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     """Quantise the targets in place, one at a time."""
     if not config.llm_int8_threshold >= 0:
         raise UserError(f"int8: llm_int8_threshold: must be at least 0, is {config.llm_int8_threshold}; 6.0 is usual")
-    paths = store(model.net, config.target_modules, partial(Int8.quantize, threshold=config.llm_int8_threshold))
+    paths = store(model.net, config.target_modules, Int8, threshold=config.llm_int8_threshold)
     return replace(config, target_modules=paths)
 
 
 def rebuild(model: Model, config: Config) -> None:
-    reserve(model.net, config.target_modules, partial(Int8.empty, threshold=config.llm_int8_threshold))
+    reserve(model.net, config.target_modules, Int8, threshold=config.llm_int8_threshold)

@@ -7,11 +7,11 @@ the same grids where there is text to calibrate on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from burnish.compress.grouped import Form, Grouped
 from burnish.model.bundle import Context, Model
-from burnish.model.surgery import linears, select
+from burnish.model.surgery import by_path, linears, select
 
 CHANGES_BASE = True
 STORES_ANEW = True
@@ -21,6 +21,7 @@ STORES_ANEW = True
 class Config:
     """`bits` 2, 3, 4 or 8; `group_size` inputs share a scale, -1: all of a row; not `sym`: zero points too.
 
+    `bits_pattern`: other bits by a regular expression over the ends of projections' paths, as LoRA's `rank_pattern`.
     `ordered`, where a checkpoint's groups are of inputs in another order than the layer's. `target_modules` as for
     LoRA; the head and the embeddings stay.
     """
@@ -30,10 +31,11 @@ class Config:
     sym: bool = True
     target_modules: list[str] | str = "all-linear"
     ordered: bool = False
+    bits_pattern: dict[str, int] = field(default_factory=dict)
 
-    @property
-    def form(self) -> Form:
-        return Form(self.bits, self.group_size, self.sym, self.ordered)
+    def form(self, path: str) -> Form:
+        """Of one projection, the pattern being resolved to paths."""
+        return Form(self.bits_pattern.get(path, self.bits), self.group_size, self.sym, self.ordered)
 
     def without(self, paths: Sequence[str]) -> Config:
         """Where the projections at `paths` are no longer stored this way."""
@@ -42,17 +44,23 @@ class Config:
 
 def apply(model: Model, config: Config, context: Context) -> Config:
     """Round the targets in place, one at a time."""
-    config = replace(config, ordered=False)
-    config.form.check("int_groups")
-    paths = []
-    for path, linear in select(model.net, config.target_modules):
-        linear.weight = config.form.round(linear.weight.dequantize())
-        paths.append(path)
-    return replace(config, target_modules=paths)
+    targets = select(model.net, config.target_modules)
+    paths = [path for path, _ in targets]
+    pattern = by_path(config.bits_pattern, model.net, paths, "technique 'int_groups': bits_pattern")
+    config = replace(config, target_modules=paths, bits_pattern=pattern, ordered=False)
+    for path in ("", *pattern):
+        config.form(path).check("int_groups")
+    if model.device.type == "meta":
+        with model.device:
+            rebuild(model, config)
+        return config
+    for path, linear in targets:
+        linear.weight = config.form(path).round(linear.weight.dequantize())
+    return config
 
 
 def rebuild(model: Model, config: Config) -> None:
     wanted = set(config.target_modules)
     for path, linear in linears(model.net):
         if path in wanted:
-            linear.weight = Grouped.empty(config.form, linear.out_features, linear.in_features)
+            linear.weight = Grouped.empty(config.form(path), linear.out_features, linear.in_features)

@@ -158,8 +158,8 @@ def proven(
     """Let `write` put what it makes of the model of `source` under a name beside `output`; read it back, compare, give
     it the name `output`, and print what `write` says and the proof; 0.
 
-    A folder gets the report as `proof.json` and all lines as a card, `README.md`. Raises UserError where `strict` is
-    asked for and the proof warns; then, and whenever something fails, nothing is left of what was written.
+    A folder gets figures and report as `proof.json`, all lines as a card, `README.md`. Raises UserError where `strict`
+    is asked for and the proof warns; then, and whenever something fails, nothing is left of what was written.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: is there already, and not empty; choose another name")
@@ -184,7 +184,7 @@ def proven(
                 raise UserError(f"strict: nothing is written; {made.lines[-1]}")
         if partial.is_dir():
             if report is not None:
-                write_json(asdict(report), partial / "proof.json")
+                write_json({**made.figures, **asdict(report)}, partial / "proof.json")
             card = [f"# {output.name}", f"Made by burnish {__version__} of `{name}` ({identity}).", f"Applied: {links}"]
             (partial / "README.md").write_text("\n\n".join([*card, *made.lines]) + "\n", encoding="utf-8")
         if output.is_dir():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from burnish.config import UserError, nearest
-from burnish.model.linear import Linear, Weight
+from burnish.model.linear import Linear
 from burnish.model.network import Network
 
 
@@ -49,20 +51,44 @@ def select(net: Network, targets: Sequence[str] | str) -> list[tuple[str, Linear
     return [pair for pair in found if pair[0] in chosen_paths]
 
 
-def store(net: Network, targets: Sequence[str] | str, make: Callable[[Tensor], Weight]) -> list[str]:
-    """Store the targets' matrices (out, in) as `make` gives them, one at a time; returns the targets' paths."""
-    paths = []
-    for path, linear in select(net, targets):
-        linear.weight = make(linear.weight.dequantize())
-        paths.append(path)
+def store(net: Network, targets: Sequence[str] | str, kind: Any, **options: Any) -> list[str]:
+    """Store the targets' matrices as a kind of `Weight`, one at a time, by its `quantize(dense, **options)`; returns
+    the targets' paths. On the meta device nothing is computed: `reserve` makes the same without values."""
+    found = select(net, targets)
+    paths = [path for path, _ in found]
+    if next(net.parameters()).is_meta:
+        with torch.device("meta"):
+            reserve(net, paths, kind, **options)
+        return paths
+    for _, linear in found:
+        linear.weight = kind.quantize(linear.weight.dequantize(), **options)
     return paths
 
 
-def reserve(net: Network, paths: Sequence[str], make: Callable[[int, int], Weight]) -> None:
-    """Put storage to load into, `make(out, in)`, where `store` said that it stored something."""
+def reserve(net: Network, paths: Sequence[str], kind: Any, **options: Any) -> None:
+    """Put storage to load into, by `empty(out, in, **options)` of the kind, where `store` stored something."""
+    wanted = set(paths)
     for path, linear in linears(net):
-        if path in paths:
-            linear.weight = make(linear.out_features, linear.in_features)
+        if path in wanted:
+            linear.weight = kind.empty(linear.out_features, linear.in_features, **options)
+
+
+def by_path(pattern: Mapping[str, Any], net: Network, paths: Sequence[str], where: str = "") -> dict[str, Any]:
+    """A pattern's values by path; a key is a regular expression over the end of a path in either vocabulary, and the
+    first that matches counts. With `where`, which begins the message, a key that matches none is a UserError."""
+    found: dict[str, Any] = {}
+    matched: set[str] = set()
+    aliases = net.layout.modules
+    for path in paths:
+        names = (path, aliases.get(path, path))
+        hits = [key for key in pattern if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names)]
+        matched |= {*hits}
+        if hits:
+            found[path] = pattern[hits[0]]
+    for key in pattern:
+        if where and key not in matched:
+            raise UserError(f"{where}: '{key}' matches none of target_modules")
+    return found
 
 
 def replace(net: nn.Module, path: str, build: Callable[[nn.Module], nn.Module], corrects: str = "") -> nn.Module:

@@ -19,6 +19,7 @@ from burnish import chain as chains
 from burnish.config import UserError
 from burnish.model.bundle import Model
 from burnish.model.network import Layout, Network
+from burnish.model.surgery import by_path
 from burnish.store import virtual_tokens
 from burnish.store.tensors import Entry, read_folder, write_json, write_tensors
 from burnish.tune import ia3, lora, peft_method
@@ -193,7 +194,7 @@ def lora_of(net: Network, adapter: Adapter) -> tuple[dict[str, Any], dict[str, E
         tensors[name] = entry
         if name in known and leaf == "weight":
             saved.add(path)
-    alphas = lora.by_path(record.get("alpha_pattern") or {}, net, sorted(ranks))
+    alphas = by_path(record.get("alpha_pattern") or {}, net, sorted(ranks))
     config = {key: record[key] for key in LORA_OPTIONS if key in record}
     rank = config.get("r", 8)
     config |= {"target_modules": sorted(ranks), "modules_to_save": sorted(saved) or None, "alpha_pattern": alphas}

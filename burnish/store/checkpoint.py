@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from burnish.store import adapters, gguf_tokenizer, gptq_layout
 from burnish.store.gguf_model import TABLE, opened
 from burnish.store.hub import resolve
 from burnish.store.identity import identity
-from burnish.store.tensors import Entry, Held, Later, read_folder, write_json, write_tensors
+from burnish.store.tensors import Entry, Held, Later, heading, read_folder, write_json, write_tensors
 from burnish.store.tokenizer import load_tokenizer, save_tokenizer
 
 DENSE = ".weight.dense"
@@ -277,17 +278,24 @@ def place(net: Network, plan: Plan, device: torch.device, later: Set[str]) -> No
         part._buffers.update({name: x.to(device) for name, x in part._buffers.items() if x is not None})
 
 
-def save(model: Model, folder: str | Path) -> Path:
-    """Write the model into `folder` (made if needed); files already there are replaced one by one, each atomically.
+@dataclass(frozen=True)
+class Contents:
+    """What is written of a model: tensors under its family's names, others under burnish's, and what config.json says
+    of those in GPTQ's layout. `complete`: the base is among them."""
 
-    Raises UserError when the folder holds a different model's files that this save would mix with.
-    """
-    if model.net.runs_only:
-        raise UserError(f"{folder}: {model.net.runs_only}")
-    if model.adapters is not None:
-        raise UserError(f"{folder}: adapters loaded under names are not saved; their folders hold them")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    complete: bool
+    foreign: dict[str, torch.Tensor | Later]
+    own: dict[str, torch.Tensor]
+    quantization: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the files."""
+        return sum(heading(tensors)[2] for tensors in (self.foreign, self.own) if tensors)
+
+
+def contents(model: Model) -> Contents:
+    """What `save` writes of the model, which may be on the meta device."""
     spec, layout = model.spec, model.net.layout
     complete = not (model.path and model.identity) or any(
         getattr(chains.technique(x.name), "CHANGES_BASE", False) for x in model.chain
@@ -297,7 +305,6 @@ def save(model: Model, folder: str | Path) -> Path:
     groups = gptq_layout.fits(model.net) if complete else {}
     parameters = model.net.stored_tensors()
     foreign: dict[str, torch.Tensor] = {}
-    packed: dict[str, Later] = {}
     extras: dict[str, torch.Tensor] = {}
     for name, (native, other) in stored_names(model).items():
         tensor = parameters[name].detach()
@@ -312,31 +319,51 @@ def save(model: Model, folder: str | Path) -> Path:
         elif complete:
             other = other.removeprefix(layout.prefix) if spec.head == "none" else other
             foreign[other] = tensor.t() if native in layout.transposed else tensor
-    alone = not complete and adapters.takes(model)
+    packed: dict[str, Later] = {}
+    forms = {}
     for path, weight in groups.items():
         other = layout.tensors[f"{path}.weight"].removesuffix(".weight")
-        packed |= gptq_layout.written(other.removeprefix(layout.prefix) if spec.head == "none" else other, weight)
+        other = other.removeprefix(layout.prefix) if spec.head == "none" else other
+        packed |= gptq_layout.written(other, weight)
+        forms[other] = weight.form
+    written: dict[str, torch.Tensor | Later] = {**model.net.converted(foreign), **packed} if foreign else {}
+    return Contents(complete, written, extras, gptq_layout.quantization_config(forms) if forms else {})
+
+
+def save(model: Model, folder: str | Path) -> Path:
+    """Write the model into `folder` (made if needed); files already there are replaced one by one, each atomically.
+
+    Raises UserError when the folder holds a different model's files that this save would mix with.
+    """
+    if model.net.runs_only:
+        raise UserError(f"{folder}: {model.net.runs_only}")
+    if model.adapters is not None:
+        raise UserError(f"{folder}: adapters loaded under names are not saved; their folders hold them")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = contents(model)
+    alone = not found.complete and adapters.takes(model)
     written = {
-        "model.safetensors": bool(foreign),
-        "burnish.safetensors": bool(extras) and not alone,
+        "model.safetensors": bool(found.foreign),
+        "burnish.safetensors": bool(found.own) and not alone,
         "adapter_config.json": alone,
         "model.safetensors.index.json": False,
     }
     stale = [name for name, ours in written.items() if not ours and (folder / name).exists()]
     if stale:
         raise UserError(f"{folder}: holds {', '.join(stale)} of another kind of checkpoint; choose another folder")
-    record: dict[str, Any] = {"format": 1, "complete": complete, "chain": chains.describe(model)}
+    record: dict[str, Any] = {"format": 1, "complete": found.complete, "chain": chains.describe(model)}
     record |= {"identity": model.identity, "base": model.path}
-    if foreign:
-        write_tensors({**model.net.converted(foreign), **packed}, folder / "model.safetensors")
+    if found.foreign:
+        write_tensors(found.foreign, folder / "model.safetensors")
     if alone:
-        adapters.write(model, extras, folder)
-    elif extras:
-        write_tensors(extras, folder / "burnish.safetensors")
-    if complete:
+        adapters.write(model, found.own, folder)
+    elif found.own:
+        write_tensors(found.own, folder / "burnish.safetensors")
+    if found.complete:
         config = saved_config(model)
-        if groups:
-            config["quantization_config"] = gptq_layout.quantization_config(next(iter(groups.values())).form)
+        if found.quantization:
+            config["quantization_config"] = found.quantization
         write_json(config, folder / "config.json")
         if model.generation_config:
             write_json(model.generation_config, folder / "generation_config.json")

@@ -212,23 +212,28 @@ class Piece:
         return rows * (found.row(self.shape[-1]) if found else self.shape[-1] * PLAIN[self.code].itemsize)
 
 
-def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Piece]) -> None:
-    """Write a file under a temporary name, one tensor after the other, sync it, then rename it to `path`.
+def heading(metadata: Mapping[str, Any], tensors: Mapping[str, Piece]) -> tuple[bytes, int]:
+    """How a file of these begins, and its bytes in all.
 
     Metadata: bool, int (as u32), float (as f32), str, or a list of int (as i32), float or str.
     """
+    found = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata))
+    found += b"".join(_text(name) + _value(value) for name, value in metadata.items())
+    offset = 0
+    for name, piece in tensors.items():
+        sizes = struct.pack(f"<I{len(piece.shape)}Q", len(piece.shape), *piece.shape[::-1])
+        found += _text(name) + sizes + struct.pack("<IQ", piece.code, offset)
+        offset += _padded(piece.nbytes)
+    found += bytes(-len(found) % ALIGNMENT)
+    return found, len(found) + offset
+
+
+def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Piece]) -> None:
+    """Write a file under a temporary name, one tensor after the other, sync it, then rename it to `path`."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata)))
-            for name, value in metadata.items():
-                file.write(_text(name) + _value(value))
-            offset = 0
-            for name, piece in tensors.items():
-                sizes = struct.pack(f"<I{len(piece.shape)}Q", len(piece.shape), *piece.shape[::-1])
-                file.write(_text(name) + sizes + struct.pack("<IQ", piece.code, offset))
-                offset += _padded(piece.nbytes)
-            file.write(bytes(-file.tell() % ALIGNMENT))
+            file.write(heading(metadata, tensors)[0])
             for name, piece in tensors.items():
                 values = piece.values().detach().cpu()
                 values = values if values.dtype == torch.uint8 else values.to(PLAIN[piece.code])

@@ -87,8 +87,9 @@ def opened(path: Path) -> Opened:
     return Opened(file, config, tensors, formats)
 
 
-def write(model: Model, path: Path, kind: str) -> list[str]:
-    """Write the model with its tokenizer into a GGUF file, matrices as `kind`, one of TYPES; notes for the reader.
+def contents(model: Model, kind: str) -> tuple[dict[str, Any], dict[str, Piece], list[str]]:
+    """The metadata, tokenizer included, and tensors of a model's file, matrices as `kind`, one of TYPES; notes for the
+    reader. The model may be on the meta device, and without a tokenizer.
 
     Norms, biases and learned positions are float32. Rows that are no whole blocks of 256 take q8_0, and none of 32 f16.
     Raises UserError for what llama.cpp does not know, and for techniques that are not folded into the weights.
@@ -98,7 +99,8 @@ def write(model: Model, path: Path, kind: str) -> list[str]:
     metadata |= {"general.name": Path(model.path).stem or "model", "general.file_type": FILE_TYPES[kind]}
     if kind in FORMATS:
         metadata["general.quantization_version"] = 2
-    metadata |= gguf_tokenizer.written(model.tokenizer, spec.vocab_size)
+    if model.tokenizer is not None:
+        metadata |= gguf_tokenizer.written(model.tokenizer, spec.vocab_size)
     pieces: dict[str, Piece] = {}
     changed: Counter[str] = Counter()
     for native, name in names(spec).items():
@@ -124,10 +126,16 @@ def write(model: Model, path: Path, kind: str) -> list[str]:
     if dict(spec.rope_scaling).get("rope_type") == "llama3":
         factors = rotary_factors(spec)
         pieces[ROPE_FREQS] = Piece(CODES["f32"], tuple(factors.shape), factors.detach)
-    write_gguf(path, metadata, pieces)
     notes = [f"{count} matrices {what}" for what, count in changed.items()]
     if spec.sliding_layers and spec.sliding_window < spec.max_positions:
         notes.append(f"its context is {spec.sliding_window} tokens, the model's window, which llama.cpp does not know")
+    return metadata, pieces, notes
+
+
+def write(model: Model, path: Path, kind: str) -> list[str]:
+    """Write the model's file; notes for the reader. Raises UserError as `contents` does."""
+    metadata, pieces, notes = contents(model, kind)
+    write_gguf(path, metadata, pieces)
     return notes
 
 

@@ -2,13 +2,17 @@
 
 A projection X (in, out) has X.qweight, codes packed along the inputs into int32 words, 32 codes in `bits` of them;
 X.qzeros, zero points packed along the outputs, less one where `checkpoint_format` is "gptq" and not "gptq_v2"; X.scales
-(groups, out); and X.g_idx, the group of each input. config.json tells all else under `quantization_config`.
+(groups, out); and X.g_idx, the group of each input. config.json tells all else under `quantization_config`, where
+`dynamic` has other bits for some projections, as gptqmodel writes them: "+:" and a regular expression over names.
 """
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,18 +67,24 @@ def moved(words: Tensor, bits: int, by: int) -> Tensor:
 
 
 def fits(net: Network) -> dict[str, Grouped]:
-    """The projections by path, where all of the body's are grouped in one way that the layout can hold; else none."""
+    """The projections by path, where all of the body's are grouped in a way that the layout can hold, alike but for
+    their bits; else none."""
     found = {path: linear.weight for path, linear in linears(net)}
     grouped = {path: weight for path, weight in found.items() if isinstance(weight, Grouped)}
-    others = [part for part in net.modules() if isinstance(part, Weight) and part not in set(grouped.values())]
+    own = set(grouped.values())
+    others = [part for part in net.modules() if isinstance(part, Weight) and part not in own]
     whole = len(grouped) == len(found) and all(isinstance(part, Dense) for part in others)
-    alike = len({weight.form for weight in grouped.values()}) == 1
+    alike = len({replace(weight.form, bits=0) for weight in grouped.values()}) == 1
     divides = all(not rows % WORD and not columns % WORD for rows, columns in (w.shape for w in grouped.values()))
     known = all(f"{path}.weight" in net.layout.tensors for path in grouped)
     return grouped if whole and alike and divides and known else {}
 
 
-def quantization_config(form: Form) -> dict[str, Any]:
+def quantization_config(forms: Mapping[str, Form]) -> dict[str, Any]:
+    """Of projections by their family's names. What most have is said once, other bits by name."""
+    counts = Counter(forms.values())
+    form = counts.most_common(1)[0][0]
+    others = {f"+:^{re.escape(name)}$": {"bits": x.bits} for name, x in forms.items() if x != form}
     return {
         "quant_method": "gptq",
         "bits": form.bits,
@@ -83,6 +93,7 @@ def quantization_config(form: Form) -> dict[str, Any]:
         "desc_act": form.ordered,
         "checkpoint_format": "gptq" if form.sym else "gptq_v2",
         "lm_head": False,
+        **({"dynamic": others} if others else {}),
     }
 
 
@@ -96,6 +107,11 @@ def written(name: str, weight: Grouped) -> dict[str, Later]:
         "g_idx": Later((columns,), torch.int32, lambda: group_of(weight)),
     }
     return {f"{name}.{key}": tensor for key, tensor in made.items()}
+
+
+def nbytes(weight: Grouped) -> int:
+    """Bytes of a projection's tensors."""
+    return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in written("", weight).values())
 
 
 def qweight(weight: Grouped) -> Tensor:
@@ -118,19 +134,27 @@ def group_of(weight: Grouped) -> Tensor:
 
 @dataclass(frozen=True)
 class Quantised:
-    """What `quantization_config` says, and the tensors (native path -> name of its tensor -> entry)."""
+    """What `quantization_config` says, of each projection by its native path, and the tensors (path -> name of its
+    tensor -> entry)."""
 
-    form: Form
+    forms: dict[str, Form]
     less_one: bool
     tensors: dict[str, dict[str, Entry | Held]]
 
     def links(self, chain: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The storage as the beginning of a chain, where `chain` does not have it already."""
-        form = self.form
         if any(entry["config"].keys() >= {"bits", "group_size", "sym"} for entry in chain):
             return []
-        config = {"bits": form.bits, "group_size": form.group_size, "sym": form.sym, "ordered": form.ordered}
-        return [{"name": "int_groups", "config": {**config, "target_modules": list(self.tensors)}}]
+        form = next(iter(self.forms.values()))
+        config: dict[str, Any] = {
+            "bits": form.bits,
+            "group_size": form.group_size,
+            "sym": form.sym,
+            "ordered": form.ordered,
+        }
+        others = {path: other.bits for path, other in self.forms.items() if other != form}
+        config |= {"target_modules": list(self.forms), "bits_pattern": others}
+        return [{"name": "int_groups", "config": config}]
 
     def parts(self) -> dict[str, Part]:
         """The storage's tensors by burnish's names."""
@@ -138,9 +162,11 @@ class Quantised:
         for path, own in self.tensors.items():
             rows, columns = own["scales"].shape[1], own["g_idx"].shape[0]
             with torch.device("meta"):
-                empty = Grouped.empty(self.form, rows, columns).tensors()
+                empty = Grouped.empty(self.forms[path], rows, columns).tensors()
             for name, tensor in empty.items():
-                found[f"{path}.weight.{name}"] = Part(tuple(tensor.shape), tensor.dtype, self, own, name)
+                found[f"{path}.weight.{name}"] = Part(
+                    tuple(tensor.shape), tensor.dtype, self.forms[path], self.less_one, own, name
+                )
         return found
 
 
@@ -162,10 +188,14 @@ def read(
     layout = config.get("checkpoint_format") or "gptq"
     if layout not in ("gptq", "gptq_v2"):
         raise refuse(f"checkpoint_format '{layout}' is not read, 'gptq' and 'gptq_v2' are")
-    if config.get("dynamic"):
-        raise refuse("dynamic (other settings for some modules) is not read")
-    if config.get("bits") not in BITS:
-        raise refuse(f"bits {config.get('bits')} are not read, {', '.join(map(str, BITS))} are")
+    dynamic = config.get("dynamic") or {}
+    for key, other in dynamic.items():
+        if key.startswith("-:") or set(other) != {"bits"}:
+            raise refuse(f"dynamic: {key}: other settings than bits for some modules are not read")
+    others = {key.removeprefix("+:"): other["bits"] for key, other in dynamic.items()}
+    for bits in (config.get("bits"), *others.values()):
+        if bits not in BITS:
+            raise refuse(f"bits {bits} are not read, {', '.join(map(str, BITS))} are")
     names = {
         foreign.removesuffix(".weight"): path.removesuffix(".weight") for path, foreign in net.layout.tensors.items()
     }
@@ -192,8 +222,13 @@ def read(
             groups.sort().values, torch.arange(len(groups), dtype=groups.dtype) // form.size(len(groups))
         ):
             raise refuse(f"the groups of {path} are not of {form.group_size} inputs each")
-    form = Form(form.bits, form.group_size, form.sym, bool(ordered))
-    return Quantised(form, layout == "gptq", tensors), rest
+    form, forms = replace(form, ordered=bool(ordered)), {}
+    for path in tensors:
+        full = net.layout.tensors[f"{path}.weight"].removesuffix(".weight")
+        both = (full, full.removeprefix(net.layout.prefix))
+        hits = (bits for pattern, bits in others.items() if any(re.match(pattern, name) for name in both))
+        forms[path] = replace(form, bits=next(hits, form.bits))
+    return Quantised(forms, layout == "gptq", tensors), rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,13 +237,14 @@ class Part:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    quantised: Quantised
+    form: Form
+    less_one: bool
     own: Mapping[str, Entry | Held]
     name: str
     nbytes = 0  # of a buffer to read into
 
     def read(self, scratch: Tensor | None = None) -> Tensor:
-        form, own = self.quantised.form, self.own
+        form, own = self.form, self.own
         order = own["g_idx"].read().argsort(stable=True)
         if self.name == "order":
             return order.int()
@@ -218,4 +254,4 @@ class Part:
             codes = from_words(own["qweight"].read(), form.bits).t()
             return pack(codes[:, order] if form.ordered else codes, form.bits).contiguous()
         words = own["qzeros"].read().t()
-        return from_words(moved(words, form.bits, 1) if self.quantised.less_one else words, form.bits)
+        return from_words(moved(words, form.bits, 1) if self.less_one else words, form.bits)

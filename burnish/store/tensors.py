@@ -158,12 +158,8 @@ def read_folder(folder: Path, stem: str = "model") -> dict[str, Entry]:
     raise UserError(f"{folder}: no {stem}.safetensors in this folder; give a checkpoint folder or a hub id")
 
 
-def write_tensors(tensors: Mapping[str, Tensor | Later], path: Path) -> None:
-    """Write a safetensors file under a temporary name, sync it, then rename it to `path`.
-
-    One tensor after the other is made contiguous, on the CPU, so that the file is never in memory as a whole.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
+def heading(tensors: Mapping[str, Tensor | Later]) -> tuple[bytes, list[str], int]:
+    """How a safetensors file of these tensors begins, their order in it, and its bytes in all."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     names, end = {dtype: name for name, dtype in DTYPES.items()}, 0
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that all are aligned
@@ -173,8 +169,18 @@ def write_tensors(tensors: Mapping[str, Tensor | Later], path: Path) -> None:
         header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, order, 8 + len(text) + end
+
+
+def write_tensors(tensors: Mapping[str, Tensor | Later], path: Path) -> None:
+    """Write a safetensors file under a temporary name, sync it, then rename it to `path`.
+
+    One tensor after the other is made contiguous, on the CPU, so that the file is never in memory as a whole.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    text, order, _ = heading(tensors)
     with open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(text)
         for name in order:
             found = tensors[name]
             tensor = found.make() if isinstance(found, Later) else found

@@ -18,9 +18,8 @@ a tied head's is, is not saved as one of two; peft:lora gives it a copy of its o
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -33,8 +32,8 @@ from burnish.config import UserError
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import Dense, Linear, Weight, by_tokens, is_flat
 from burnish.model.network import Network
+from burnish.model.surgery import by_path, select
 from burnish.model.surgery import replace as put
-from burnish.model.surgery import select
 from burnish.tune.folding import fold
 
 
@@ -194,13 +193,10 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     saved = saved_modules(model.net, config.modules_to_save or [])
     chosen = select(model.net, config.target_modules or list(model.net.layout.lora_targets))
     paths = sorted(path for path, _ in chosen if path not in saved)
-    patterns: dict[str, Any] = {}
-    for option in ("rank_pattern", "alpha_pattern"):
-        given = getattr(config, option)
-        for key in given:
-            if not by_path({key: 0}, model.net, paths):
-                raise UserError(f"technique 'lora': {option}: '{key}' matches none of target_modules")
-        patterns[option] = by_path(given, model.net, paths)
+    patterns: dict[str, Any] = {
+        option: by_path(getattr(config, option), model.net, paths, f"technique 'lora': {option}")
+        for option in ("rank_pattern", "alpha_pattern")
+    }
     config = replace(config, target_modules=paths, modules_to_save=saved or None, **patterns)
     rebuild(model, config)
     generator = torch.Generator().manual_seed(context.seed)
@@ -229,19 +225,6 @@ def base_parameters(model: Model, config: Config) -> list[nn.Parameter]:
         return found + [p for name, p in net.named_parameters() if name.endswith(".bias")]
     wrapped = [layer.base.bias for layer in layers(model).values() if config.bias == "lora_only"]
     return found + [bias for bias in wrapped if bias is not None]
-
-
-def by_path(pattern: Mapping[str, Any], net: Network, paths: Sequence[str]) -> dict[str, Any]:
-    """A pattern's values by path; a key is a regular expression over the end of a path in either vocabulary, and the
-    first that matches counts."""
-    found: dict[str, Any] = {}
-    aliases = net.layout.modules
-    for path in paths:
-        names = (path, aliases.get(path, path))
-        hits = [key for key in pattern if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names)]
-        if hits:
-            found[path] = pattern[hits[0]]
-    return found
 
 
 def saved_modules(net: Network, names: Sequence[str]) -> list[str]:

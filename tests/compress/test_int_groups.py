@@ -187,7 +187,9 @@ def test_a_folder_of_others_is_read(wide, tmp_path, form):
     [
         ({"quant_method": "awq"}, "quant_method 'awq' is not read"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not read"),
-        ({"dynamic": {"x": {"bits": 8}}}, "dynamic"),
+        ({"dynamic": {"x": {"bits": 8, "sym": False}}}, "dynamic: x: other settings than bits"),
+        ({"dynamic": {"-:x": {}}}, "dynamic: -:x"),
+        ({"dynamic": {"x": {"bits": 5}}}, "bits 5 are not read"),
         ({"bits": 6}, "bits 6 are not read"),
         ({"group_size": 16}, "are not of 16 inputs each"),
     ],

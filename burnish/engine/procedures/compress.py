@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from burnish import chain
 from burnish.chain import Context, Model
-from burnish.config import UserError
+from burnish.compress import mixed_bits
+from burnish.compress.grouped import BITS, Grouped
+from burnish.config import Bytes, UserError, coerce, to_mapping
 from burnish.engine.proof import Made, ProofOptions, proven
-from burnish.store.checkpoint import load, save
+from burnish.model.surgery import select
+from burnish.plan import shadow
+from burnish.store import gptq_layout
+from burnish.store.checkpoint import contents, load, save
 from burnish.store.data import encode_rows, read_rows
 
 LONGEST = 1 << 20  # tokens of a row of calibration text, which is joined and cut anyway
+MIXED = ("int_groups", "gptq")
 
 
 @dataclass(frozen=True)
@@ -30,28 +40,94 @@ class QuantizeConfig(ProofOptions):
     techniques: list[Any] = field(
         default_factory=list, metadata={"help": "instead of a method, as in '[awq, {gptq: {bits: 3}}]'"}
     )
+    target_size: str = field(
+        default="",
+        metadata={
+            "help": "most bytes of the result's weights, embeddings too, as 300MB, or as 40% of the model's: a scan "
+            "chooses each projection's bits (int_groups, gptq)"
+        },
+    )
     data: str = field(default="", metadata={"help": "text to calibrate on; none: a built-in sample"})
     output_dir: Path | None = field(default=None, metadata={"help": "folder of the quantised model"})
 
 
 def run(config: QuantizeConfig) -> int:
-    """Quantise and save; prints each calibrated projection's error, the bytes before and after, and the proof."""
+    """Quantise and save; prints the bits that were chosen, each calibrated projection's error, the bytes before and
+    after, and the proof."""
     if config.output_dir is None:
         raise UserError("output_dir: say where the result goes, as in --output-dir runs/small")
     techniques = config.techniques or [config.method]
-    names = [name for name, _ in chain.parse_chain(techniques)]
-    if config.data and not any(getattr(chain.technique(name), "CALIBRATES", False) for name in names):
-        raise UserError(f"data: none of {', '.join(names)} calibrates; leave it away")
+    links = dict(chain.parse_chain(techniques))
+    name = next((name for name in MIXED if name in links), "")
+    if config.target_size and not name:
+        raise UserError("target_size: bits are chosen for int_groups and gptq; say --method gptq")
+    calibrates = config.target_size or any(getattr(chain.technique(name), "CALIBRATES", False) for name in links)
+    if config.data and not calibrates:
+        raise UserError(f"data: none of {', '.join(links)} calibrates; leave it away")
 
     def write(model: Model, place: Path) -> Made:
         before = size(model)
-        chain.apply(model, techniques, Context(examples=examples(model, config.data), report=printer(config.json)))
+        context = Context(examples=examples(model, config.data), report=printer(config.json))
+        made = Made([])
+        if config.target_size:
+            links[name] = mixed(model, config, links, name, context)
+            bits = {path: links[name].form(path).bits for path in links[name].target_modules}
+            made.figures["bits"] = bits
+            counts = ", ".join(f"{count} of {b} bits" for b, count in sorted(Counter(bits.values()).items()))
+            made.lines += [f"chosen for {config.target_size}: {counts}", *mixed_bits.table(bits)]
+        chain.apply(model, [{name: to_mapping(link)} for name, link in links.items()], context)
         save(model, place)
         after = size(model)
-        line = f"{before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB ({after / before:.0%})"
-        return Made([line], {"before": before, "after": after})
+        made.lines.append(f"{before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB ({after / before:.0%})")
+        made.figures |= {"before": before, "after": after}
+        return made
 
     return proven(lambda: load(config.model, techniques=techniques), write, config.output_dir, config)
+
+
+def mixed(model: Model, config: QuantizeConfig, links: dict[str, Any], name: str, context: Context) -> Any:
+    """The config of the technique `name` in `links` with the bits of each projection for the target size.
+
+    Raises UserError for a size below what all projections in the fewest bits take.
+    """
+    if model.chain:
+        raise UserError(f"target_size: {config.model} is tuned or quantised already; take the plain checkpoint")
+    targets = select(model.net, links[name].target_modules)
+    plain = replace(links[name], target_modules=[path for path, _ in targets], bits_pattern={})
+
+    def made(found: Any) -> Model:
+        """Without storage, with the chain in which `found` is the technique's config."""
+        return chain.apply(shadow(config.model), [{x: to_mapping(y)} for x, y in {**links, name: found}.items()])
+
+    cost: dict[str, dict[int, int]] = {}
+    forms = {bits: replace(plain, bits=bits).form("") for bits in BITS}
+    smallest = made(replace(plain, bits=min(BITS)))
+    nbytes = gptq_layout.nbytes if gptq_layout.fits(smallest.net) else lambda weight: weight.nbytes
+    with torch.device("meta"):
+        for path, linear in targets:
+            shape = linear.out_features, linear.in_features
+            cost[path] = {bits: nbytes(Grouped.empty(form, *shape)) for bits, form in forms.items()}
+    total, wanted, least = size(model), 0, contents(smallest).nbytes
+    if config.target_size.endswith("%"):
+        wanted = int(coerce(config.target_size[:-1], float, "target_size") / 100 * total)
+    else:
+        wanted = coerce(config.target_size, Bytes, "target_size")
+    if wanted < least:
+        raise UserError(
+            f"target_size: {config.target_size} is below what all projections in {min(BITS)} bits take; the smallest "
+            f"size is {math.ceil(least / 1e3)}KB ({math.ceil(1000 * least / total) / 10}%)"
+        )
+    damage = mixed_bits.damages(model, targets, forms, context)
+    budget = wanted - least + sum(own[min(BITS)] for own in cost.values())
+    while True:
+        chosen = mixed_bits.choose(damage, cost, budget)
+        common = Counter(chosen.values()).most_common(1)[0][0]
+        others = {path: bits for path, bits in chosen.items() if bits != common}
+        found = replace(plain, bits=common, bits_pattern=others)
+        over = contents(made(found)).nbytes - wanted
+        if over <= 0:
+            return found
+        budget = sum(cost[path][bits] for path, bits in chosen.items()) - over  # a file's header grows with its numbers
 
 
 def size(model: Model) -> int:
@@ -64,14 +140,18 @@ def examples(model: Model, data: str) -> list[Any]:
 
 
 def printer(as_json: bool) -> Any:
-    """What prints a projection's record: JSON, or a line on the error stream."""
+    """What prints a record of the scan or of a projection: JSON, or a line on the error stream."""
 
     def show(record: dict[str, Any]) -> None:
         if as_json:
             print(json.dumps(record), flush=True)
             return
-        error = record["error"]
-        told = "rounded: no token reached it" if error is None else f"error {error:.2%}"
-        print(f"{record['layer']}  {told}", file=sys.stderr, flush=True)
+        if "scanned" in record:
+            line = f"scan of what each projection's bits cost: {record['scanned']} of {record['of']} tokens"
+        else:
+            error = record["error"]
+            told = "rounded: no token reached it" if error is None else f"error {error:.2%}"
+            line = f"{record['layer']}  {told}"
+        print(line, file=sys.stderr, flush=True)
 
     return show
