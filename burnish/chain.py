@@ -42,6 +42,7 @@ TECHNIQUES = {
     "gptq": "burnish.compress.gptq",
     "awq": "burnish.compress.awq",
     "smoothquant": "burnish.compress.smoothquant",
+    "qat": "burnish.compress.qat",
     "magnitude": "burnish.compress.magnitude",
     "sparse_attention": "burnish.context.sparse_attention",
 }
@@ -126,6 +127,14 @@ def rebuild(model: Model, chain: Sequence[Mapping[str, Any]]) -> Model:
         technique(entry["name"]).rebuild(model, config)
         model.chain.append(Link(entry["name"], config))
     return model
+
+
+def changes_base(model: Model) -> bool:
+    """Whether the base's weights are others now: `CHANGES_BASE` of a technique, or `changes_base` of its config."""
+    return any(
+        getattr(link.config, "changes_base", getattr(technique(link.name), "CHANGES_BASE", False))
+        for link in model.chain
+    )
 
 
 def describe(model: Model) -> list[dict[str, Any]]:

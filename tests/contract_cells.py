@@ -226,6 +226,7 @@ ROWS = {
     "gptq": Row("weights", nothing, {"group_size": 16, "nsamples": 2, "max_length": 8}, trained_with="lora"),
     "awq": Row("base", nothing, {"group_size": 16, "nsamples": 2, "max_length": 8}, trained_with="lora"),
     "smoothquant": Row("base", nothing, {"nsamples": 2, "max_length": 8}, trained_with="lora"),
+    "qat": Row("changed", everything, {"group_size": 16}),
     "magnitude": Row("weights", nothing, trained_with="full"),
     "sparse_attention": Row("changed", nothing, BLOCKS, trained_with="lora"),
 }
@@ -253,7 +254,7 @@ LIMITS = (
     Limit(REFUSED, "a chain applies each once", {"nf4"}, cells={"after NF4"}),
     Limit(REFUSED, "is run by transformers, whose norms", {"awq", "smoothquant"}, {*FOREIGN}),
     Limit(REFUSED, "adds what its projections read to its states", {"awq", "smoothquant"}, {"bert"}),
-    Limit(REFUSED, "is stored as NF4 already", {"gptq", "awq", "smoothquant"}, cells={"after NF4"}),
+    Limit(REFUSED, "is stored as NF4 already", {"gptq", "awq", "smoothquant", "qat"}, cells={"after NF4"}),
     Limit(REFUSED, "prune before quantising", {"magnitude"}, cells={"after NF4"}),
     Limit(REFUSED, "classified examples cannot be packed, as a row has one class", {"transfer"}, cells={"packed"}),
     Limit(REFUSED, "an encoder-decoder's rows are not packed", families=SEQ2SEQ, cells={"packed"}),

@@ -71,16 +71,26 @@ class Form:
 
     def codes(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """The nearest codes, in float32; the three broadcast."""
-        return ((values / scale).round() + zero).clamp(0, self.top)
+        return (values / scale).round_().add_(zero).clamp_(0, self.top)
 
-    def round(self, dense: Tensor) -> Grouped:
-        """dense (out, in) rounded to the nearest, each group for itself."""
+    def nearest(self, dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dense (out, in), each group for itself -> codes (out, groups, size), the last group's beyond it too, and
+        scale and zero (out, groups), all float32."""
         rows, columns = dense.shape
         size = self.size(columns)
         wide = F.pad(dense.detach().float(), (0, -columns % size)).view(rows, -1, size)
         scale, zero = self.grid(wide)
-        codes = self.codes(wide, scale[..., None], zero[..., None]).to(torch.uint8).view(rows, -1)[:, :columns]
-        return Grouped.of(self, codes, scale, zero)
+        return self.codes(wide, scale[..., None], zero[..., None]), scale, zero
+
+    def round(self, dense: Tensor) -> Grouped:
+        """dense (out, in) rounded to the nearest."""
+        codes, scale, zero = self.nearest(dense)
+        return Grouped.of(self, codes.to(torch.uint8).view(len(dense), -1)[:, : dense.shape[1]], scale, zero)
+
+    def rounded(self, dense: Tensor) -> Tensor:
+        """`round(dense).dequantize()` to the last bit, without the storage between."""
+        codes, scale, zero = self.nearest(dense)
+        return codes.sub_(zero[..., None]).mul_(scale[..., None]).view(len(dense), -1)[:, : dense.shape[1]]
 
 
 def planes(bits: int) -> list[int]:

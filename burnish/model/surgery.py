@@ -23,8 +23,14 @@ def linears(net: Network) -> Iterator[tuple[str, Linear]]:
 
 def select(net: Network, targets: Sequence[str] | str) -> list[tuple[str, Linear]]:
     """The Linears that `targets` name: "all-linear", module names, in burnish's or the family's own Hugging Face
-    words, path suffixes, or one regular expression over whole paths. Raises UserError when a target matches nothing.
+    words, path suffixes, or one regular expression over whole paths. Raises UserError when a target matches nothing,
+    and where something around projections takes their weights for its own (`holds_weights`).
     """
+    if any(getattr(module, "holds_weights", False) for module in net.modules()):
+        raise UserError(
+            "target_modules: the weights are being rounded by 'qat'; put what else works on weights before it in the "
+            "chain, or take the model as it is after training (finalize, or burnish merge)"
+        )
     found = list(linears(net))
     if targets == "all-linear":
         return found

@@ -297,10 +297,7 @@ class Contents:
 def contents(model: Model) -> Contents:
     """What `save` writes of the model, which may be on the meta device."""
     spec, layout = model.spec, model.net.layout
-    complete = not (model.path and model.identity) or any(
-        getattr(chains.technique(x.name), "CHANGES_BASE", False) for x in model.chain
-    )
-    complete = complete or not model.chain
+    complete = not (model.path and model.identity) or not model.chain or chains.changes_base(model)
     dense = all(isinstance(m, Dense | GGUF) for m in model.net.modules() if isinstance(m, Weight))
     groups = gptq_layout.fits(model.net) if complete else {}
     parameters = model.net.stored_tensors()

@@ -29,6 +29,7 @@ def run(config: MergeConfig) -> int:
 
     def write(model: Model, place: Path) -> Made:
         notes = chain.merge(model)
+        chain.finalize(model)
         if not notes:
             names = [link.name for link in model.chain] or "nothing"
             raise UserError(
