@@ -53,6 +53,7 @@ HOOKS = {
     "embed": "embed(model, config, embeds, slots) -> embeds: fill pseudo tokens, (B, T, H) and (B, T)",
     "initial_cache": "initial_cache(model, config, batch) -> Prefix: learnt keys and values before each row",
     "loss": "loss(model, config, batch, hidden) -> (sum, count): replaces the default loss; hidden (B, T, H)",
+    "teacher": "teacher(model, config) -> context in which the model is the one to learn from, or None",
     "parameter_groups": "parameter_groups(model, config, learning_rate, weight_decay) -> optimiser groups",
     "after_step": "after_step(model, config, step, total): after each optimiser step",
     "finalize": "finalize(model, config) -> config: drop what only training needs",

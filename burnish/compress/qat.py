@@ -8,13 +8,16 @@ from the smallest to the largest weight at every step (arXiv 1712.05877, section
 
 Alone it trains all of the network, and `finalize` stores what the products saw: the same codes, to the last bit. Behind
 LoRA, [lora, qat], only A and B train, through Q(W + s B A); the adapter stays one until it is merged, and then codes
-take the sum's place. Limits: activations are not rounded; LoRA's gradient passes through one for a whole matrix at a
-time, and its sums are kept for the backward pass (`gradient_checkpointing` gives them back).
+take the sum's place. With `distill` it learns the distribution of the next token from the base, neither rounded nor
+corrected, in the place of the token itself (LLM-QAT, section 2.1), so that the text's own randomness is no noise in the
+gradient. Limits: activations are not rounded; LoRA's gradient passes through one for a whole matrix at a time, and its
+sums are kept for the backward pass (`gradient_checkpointing` gives them back).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,12 +39,13 @@ NAME = "qat"
 @dataclass(frozen=True)
 class Config:
     """`bits`, `group_size`, `sym` and `target_modules` as for `int_groups`. `full`, whether all of the network trains,
-    and `finalized` follow."""
+    and `finalized` follow. `distill`, behind LoRA: the base is the teacher."""
 
     bits: int = 4
     group_size: int = 128
     sym: bool = True
     target_modules: list[str] | str = "all-linear"
+    distill: bool = False
     full: bool = True
     finalized: bool = False
 
@@ -83,7 +87,7 @@ class _Product(torch.autograd.Function):
 class Rounding(nn.Module):
     """A projection, or LoRA around one, by its rounded matrix; x (tokens, in) -> (tokens, out).
 
-    `known` is what it is stored as, in evaluation, for as long as nothing changes.
+    `known` is what it is stored as, in evaluation, for as long as nothing changes; `plain`: the projection as it is.
     """
 
     holds_weights = True
@@ -91,7 +95,7 @@ class Rounding(nn.Module):
 
     def __init__(self, base: Any, form: Form):
         super().__init__()
-        self.base, self.form, self.foreign = base, form, base.foreign
+        self.base, self.form, self.foreign, self.plain = base, form, base.foreign, False
         self.train(base.training)
 
     def train(self, mode: bool = True) -> Rounding:
@@ -123,6 +127,8 @@ class Rounding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.foreign and not is_flat(x):
             return by_tokens(self, x)
+        if self.plain:
+            return self.linear(x)
         bias = self.linear.bias
         if not self.training and not torch.is_grad_enabled():
             return self.stored().matmul(x, bias)
@@ -156,6 +162,9 @@ def apply(model: Model, config: Config, context: Context) -> Config:
                 f"technique '{NAME}': lora_dropout is {around.dropout}; LoRA's sum with the weight is rounded as one "
                 "matrix, from which nothing can be dropped: leave it at 0"
             )
+    if config.distill and (full or model.spec.head not in ("lm", "masked_lm")):
+        what = "put lora before it, as the base is the teacher" if full else "only language models have a teacher"
+        raise UserError(f"technique '{NAME}': distill: {what}")
     config = replace(config, target_modules=[path for path, _ in targets], full=full, finalized=False)
     for _, linear in targets if full else ():
         linear.weight = Dense(linear.weight.dequantize().detach().float())
@@ -174,12 +183,33 @@ def rebuild(model: Model, config: Config) -> None:
         unfreeze(model.net)
 
 
+def layers(model: Model) -> dict[str, Rounding]:
+    """What stands around projections, by path."""
+    return {path: module for path, module in model.net.named_modules() if isinstance(module, Rounding)}
+
+
+@contextmanager
+def teaching(found: Collection[Rounding]) -> Iterator[None]:
+    """Let the projections be the base's inside the block."""
+    for layer in found:
+        layer.plain = True
+    try:
+        yield
+    finally:
+        for layer in found:
+            layer.plain = False
+
+
+def teacher(model: Model, config: Config) -> AbstractContextManager[None] | None:
+    return teaching(layers(model).values()) if config.distill else None
+
+
 def finalize(model: Model, config: Config) -> Config:
     """Store the targets in their form and freeze the network, unless LoRA waits to be merged."""
-    layers = {path: module for path, module in model.net.named_modules() if isinstance(module, Rounding)}
-    if config.finalized or any(layer.corrected for layer in layers.values()):
+    found = layers(model)
+    if config.finalized or any(layer.corrected for layer in found.values()):
         return config
-    for path, layer in layers.items():
+    for path, layer in found.items():
         layer.linear.weight = layer.stored()
         put(model.net, path, lambda wrapper: wrapper.base)  # type: ignore[arg-type, return-value]
     if config.full:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,27 @@ def loss_sum(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     hidden, labels = beside_labels(net, hidden, batch["labels"])
     kept = labels != IGNORE
     return _head_loss(net, hidden[kept], labels[kept])
+
+
+def distillation_sum(
+    model: Model, batch: dict[str, Tensor], teacher: AbstractContextManager[None]
+) -> tuple[Tensor, int]:
+    """(cross-entropy with the distribution that the model itself gives inside `teacher`, summed over the targets, their
+    number): arXiv 1503.02531, section 2, at temperature 1."""
+    net = model.net
+    with torch.no_grad(), teacher:
+        wanted, _ = beside_labels(net, chain.forward(model, batch), batch["labels"])
+    hidden, labels = beside_labels(net, chain.forward(model, batch), batch["labels"])
+    kept = labels != IGNORE
+
+    def part(x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = net.logits(y).float().softmax(-1)
+        return -(target * net.logits(x).float().log_softmax(-1)).sum()
+
+    parts = zip(hidden[kept].split(ROWS_PER_CHUNK), wanted[kept].split(ROWS_PER_CHUNK), strict=True)
+    total = sum((checkpoint(part, x, y, use_reentrant=False) for x, y in parts), hidden.new_zeros(()))
+    return total, int(kept.sum())
 
 
 def _head_loss(net: Network, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:

@@ -27,7 +27,7 @@ from burnish.chain import Model
 from burnish.config import UserError, to_mapping
 from burnish.engine import checkpointing
 from burnish.engine.checkpointing import Progressed
-from burnish.engine.loss import evaluate, loss_sum
+from burnish.engine.loss import distillation_sum, evaluate, loss_sum
 from burnish.engine.masking import masked
 from burnish.engine.optim import adamw, gradient_norm, lr_factor, parameter_groups, scale_gradients
 from burnish.engine.order import Order, encode
@@ -107,9 +107,12 @@ class _Run:
         self.total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
         self.warmup = config.warmup_steps or math.ceil(config.warmup_ratio * self.total)
         losses = chain.hooks(model, "loss")
-        if len(losses) > 1:
+        teachers = [hook for hook in chain.hooks(model, "teacher") if hook() is not None]
+        if len(losses) + len(teachers) > 1:
             raise UserError("techniques: two of the chain replace the training loss; keep one of them")
         self.loss = lambda batch: losses[0](batch, chain.forward(model, batch)) if losses else loss_sum(model, batch)
+        if teachers:
+            self.loss = lambda batch: distillation_sum(model, batch, teachers[0]())
         own = [
             group
             for hook in chain.hooks(model, "parameter_groups")

@@ -15,6 +15,7 @@ from burnish.cli import main
 from burnish.compress.grouped import BITS, Form, Grouped
 from burnish.compress.qat import Rounding
 from burnish.config import UserError
+from burnish.engine.loss import distillation_sum
 from burnish.engine.order import collated
 from burnish.engine.settings import TrainConfig
 from burnish.engine.train import train
@@ -27,6 +28,7 @@ EXAMPLES = [Example(list(ids), list(ids)) for ids in TEXTS]
 LORA = {"lora": {"r": 4, "target_modules": "all-linear"}}
 ROW8, GROUPS4 = {"qat": {"bits": 8, "group_size": -1}}, {"qat": {"bits": 4, "group_size": 16}}
 ASYMMETRIC = {"qat": {"bits": 3, "group_size": 16, "sym": False}}
+DISTILLED = {"qat": {"bits": 2, "group_size": 16, "distill": True}}
 
 
 def made(root, *techniques, family: str = "llama") -> Model:
@@ -234,6 +236,38 @@ def test_a_changed_weight_is_rounded_anew_in_evaluation(root):
     assert torch.equal(outputs(model), changed)
 
 
+def test_the_teacher_is_the_base_as_it_is(root):
+    model, base = made(root, LORA, DISTILLED), load(tiny.folder(root, "llama"))
+    batch = collated(model, EXAMPLES)
+    kept = batch["labels"][:, 1:] != -100
+    with torch.no_grad():
+        wanted = base.net.logits(forward(base, batch))[:, :-1][kept].softmax(-1)
+        for layer in rounding(model).values():
+            layer.base.lora_B.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
+    student = model.net.logits(forward(model.net.train() and model, batch))[:, :-1][kept]
+    expected = F.cross_entropy(student, wanted, reduction="sum")
+    gradients = torch.autograd.grad(expected, list(model.trainable().values()))
+    (teacher,) = chain.hooks(model, "teacher")
+    got, count = distillation_sum(model, batch, teacher())
+    torch.testing.assert_close(got, expected)
+    assert count == kept.sum() and not any(layer.plain for layer in rounding(model).values())
+    for mine, theirs in zip(torch.autograd.grad(got, list(model.trainable().values())), gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_a_distilled_run_comes_nearer_to_the_base(root):
+    base, model = load(tiny.folder(root, "llama")), made(root, LORA, DISTILLED)
+
+    def divergence() -> float:
+        return float(F.kl_div(outputs(model).log_softmax(-1), outputs(base).log_softmax(-1), log_target=True))
+
+    before = divergence()
+    train(model, EXAMPLES, TrainConfig(learning_rate=1e-2, max_steps=30))
+    chain.merge(model)
+    chain.finalize(model)
+    assert divergence() < 0.7 * before
+
+
 @pytest.mark.parametrize(
     ("techniques", "reason"),
     [
@@ -243,6 +277,8 @@ def test_a_changed_weight_is_rounded_anew_in_evaluation(root):
         (["int8", "qat"], "is stored as Int8 already"),
         (["ia3", "qat"], "is inside Scaled; put 'qat' before it"),
         ([{"adapters": {"size": 2}}, "qat"], "is inside Adapter; put 'qat' before it"),
+        ([DISTILLED], "distill: put lora before it"),
+        (["transfer", LORA, DISTILLED], "distill: only language models have a teacher"),
         ([{"lora": {"lora_dropout": 0.1}}, "qat"], "lora_dropout is 0.1; .* leave it at 0"),
     ],
 )
