@@ -34,8 +34,10 @@ MIB = 1 << 20
 FORMATS: dict[str, list[Any]] = {
     "": [],
     "int8": ["int8"],
+    "fp8": ["fp8"],
     "nf4": [{"nf4": {"double_quant": False}}],
     "nf4, double quantised": ["nf4"],
+    "fp4, double quantised": ["fp4"],
     **{f"int_groups or gptq, {bits} bits": [{"int_groups": {"bits": bits}}] for bits in sorted(BITS, reverse=True)},
 }
 
