@@ -4,11 +4,13 @@
 
 Every row starts from the embedded model in float32. Trained rows take the same steps over the same documents of the
 made-up world, others than pebble's own; learning rates are chosen on development documents, at the form that
-`--choose-at` names, and perplexity is measured on others again. A control takes the same steps without rounding, and is
+`--choose-at` names, and rows are measured on others again. A control takes the same steps without rounding, and is
 rounded afterwards, which tells apart what more training gives. `recovered` is the share of what rounding lost that is
-back, (rounded - row) / (rounded - float32) in perplexity; `recovered_of_control` is the same with the control, rounded
-and as it is, in the places of the two. Forms in which rounding loses less than one part in 500 are not trained. Writes
-results/qat.json; rows that are in the file already are kept, unless their settings were others.
+back, (rounded - row) / (rounded - float32) in perplexity; `divergence` is the mean KL(float32 || row) of the next
+token, which the text's own randomness does not blur, and `recovered_divergence` the share of rounding's that is gone;
+`recovered_of_control` is `recovered` with the control, rounded and as it is, in the places of the two. Forms in which
+rounding loses less than one part in 500 are not trained. Writes results/qat.json; rows that are in the file already are
+kept, unless their settings were others.
 """
 
 from __future__ import annotations
@@ -59,6 +61,13 @@ def perplexity(model: Model, examples: list[Example]) -> float:
     return math.exp(evaluate(model, examples))
 
 
+@torch.no_grad()
+def log_probabilities(model: Model, examples: list[Example]) -> list[Tensor]:
+    """Of the next token, (1, tokens, vocabulary) for each document."""
+    batches = [{"input_ids": torch.tensor([example.ids])} for example in examples]
+    return [model.net.logits(chain.forward(model, batch)).float().log_softmax(-1) for batch in batches]
+
+
 def fresh() -> Model:
     return burnish.load("pebble", torch.float32)
 
@@ -66,10 +75,10 @@ def fresh() -> Model:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--trial-steps", type=int, default=30, help="of each learning rate that is tried")
+    parser.add_argument("--trial-steps", type=int, default=60, help="of each learning rate that is tried")
     parser.add_argument("--batch", type=int, default=4, help="rows of 256 tokens in a step")
     parser.add_argument("--held-out", type=int, default=300, help="documents to measure on")
-    parser.add_argument("--rates", default="full:3e-5,1e-4,3e-4;lora:3e-4,1e-3,3e-3;lora distilled:1e-3,3e-3,1e-2")
+    parser.add_argument("--rates", default="full:1e-5,3e-5,1e-4;lora:1e-4,3e-4,1e-3;lora distilled:3e-4,1e-3,2e-3")
     parser.add_argument("--choose-at", default="3 bits, groups of 32", choices=FORMS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--kinds", default=",".join(KINDS), help="what is trained")
@@ -103,6 +112,15 @@ def main() -> None:
         chain.merge(model)
         return chain.finalize(model)
 
+    known_distributions = [x.half() for x in log_probabilities(base, held_out)]
+
+    def divergence(model: Model) -> float:
+        total = 0.0
+        for example, known in zip(held_out, known_distributions, strict=True):
+            (found,), wide = log_probabilities(model, [example]), known.float()
+            total += float((wide.exp() * (wide - found)).sum())
+        return total / sum(len(example.ids) for example in held_out)
+
     def chosen(name: str, techniques: list[Any], kind: str) -> float:
         """The learning rate with the lowest perplexity on the development documents, after fewer steps."""
         for rate in rates[kind]:
@@ -116,9 +134,12 @@ def main() -> None:
     def measured(name: str, make: Callable[[], Model], form: str = "", **more: Any) -> float:
         """The perplexity of a row, which is made where it is not known."""
         if (name, form) not in {(row["row"], row["form"]) for row in rows}:
-            rows.append({"row": name, "form": form, **more, "perplexity": round(perplexity(make(), held_out), 5)})
+            model = make()
+            found = {"perplexity": round(perplexity(model, held_out), 5), "divergence": round(divergence(model), 5)}
+            rows.append({"row": name, "form": form, **more, **found})
             print(rows[-1], flush=True)
         by_name = {(row["row"], row["form"]): row["perplexity"] for row in rows}
+        far = {row["form"]: row["divergence"] for row in rows if row["row"] == "int_groups"}
 
         def share(row: dict[str, Any], rounded: str, whole: str) -> float:
             lost = by_name[rounded, row["form"]]
@@ -127,7 +148,8 @@ def main() -> None:
         for row in rows:
             if row["form"] and row["row"] != "int_groups":
                 row["recovered"] = share(row, "int_groups", "float32")
-            if row["row"].startswith("qat"):
+                row["recovered_divergence"] = round(1 - row["divergence"] / far[row["form"]], 3)
+            if row["row"].startswith("qat") and ("control, rounded", row["form"]) in by_name:
                 row["recovered_of_control"] = share(row, "control, rounded", "control")
         record = {"environment": device.environment(), **settings, "trials": trials, "rows": rows}
         options.output.write_text(json.dumps(record, indent=1) + "\n")
@@ -146,6 +168,12 @@ def main() -> None:
             lossy[form] = config
         measured("gptq", partial(stored, "gptq", {**config, "nsamples": 32, "max_length": LENGTH}), form)
 
+    for kind in options.kinds.split(","):
+        rate = chosen(f"qat, {kind}", KINDS[kind](FORMS[options.choose_at]), kind)
+        for form, config in lossy.items():
+            run = partial(trained, KINDS[kind](config), rate, options.steps)
+            measured(f"qat, {kind}", run, form, learning_rate=rate)
+
     @cache
     def control() -> Model:
         return trained(["full"], chosen("control", ["full"], "full"), options.steps)
@@ -154,11 +182,6 @@ def main() -> None:
     for form, config in lossy.items():
         rounded = partial(lambda config: stored("int_groups", config, control().net.state_dict()), config)
         measured("control, rounded", rounded, form)
-    for kind in options.kinds.split(","):
-        rate = chosen(f"qat, {kind}", KINDS[kind](FORMS[options.choose_at]), kind)
-        for form, config in lossy.items():
-            run = partial(trained, KINDS[kind](config), rate, options.steps)
-            measured(f"qat, {kind}", run, form, learning_rate=rate)
 
 
 if __name__ == "__main__":
