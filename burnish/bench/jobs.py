@@ -162,8 +162,8 @@ class Jobs:
         chains = {self.chain(cell): cell for cell in reversed(cells) if not cell.shuffle}
         trials = [(f"{row} on {task} at {rate}", job) for (row, task), t in tried.items() for rate, job in t.items()]
         qualities = [self.quality(cell, count) for cell in cells for count in (0, *self.sizes(cell))]
-        costs = {name: self.cost(cell) for name, cell in chains.items()}
-        expected = [*(job for _, job in trials), *qualities, *(job for pair in costs.values() for job in pair)]
+        measures = [job for cell in chains.values() for job in self.cost(cell)]
+        expected = [*(job for _, job in trials), *qualities, *measures]  # by rates yet to be chosen: as many
         total = len({self.path(job) for job in expected})
         results: dict[Path, Job] = {}
 

@@ -20,9 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from burnish.config import UserError
-from burnish.model.bundle import Model
 from burnish.model.linear import Spans, Weight, take
-from burnish.model.surgery import reserve, store
 from burnish.native import products
 
 BLOCK, CONSTANT_BLOCK = 64, 256
@@ -190,14 +188,3 @@ class FourBit(Weight):
         absmax = take(self.constants().view(rows, -1), dim, blocks)
         shape = (packed.shape[0], packed.shape[1] * BLOCK)
         return type(self)(shape, {"packed": packed.flatten(), "absmax": absmax.flatten()})
-
-
-def quantise(kind: type[FourBit], model: Model, config: Config) -> Config:
-    """Quantise the targets in place, one at a time."""
-    paths = store(model.net, config.target_modules, kind, double_quant=config.double_quant)
-    return replace(config, target_modules=paths)
-
-
-def storage(kind: type[FourBit], model: Model, config: Config) -> None:
-    """Empty storage at the targets of a resolved config."""
-    reserve(model.net, config.target_modules, kind, double_quant=config.double_quant)

@@ -6,8 +6,11 @@ Source: QLoRA (arXiv 2305.14314), section 4, which finds NF4 the better; the lev
 
 from __future__ import annotations
 
-from burnish.compress.four_bit import Config, FourBit, quantise, storage
+from dataclasses import replace
+
+from burnish.compress.four_bit import Config, FourBit
 from burnish.model.bundle import Context, Model
+from burnish.model.surgery import reserve, store
 
 CHANGES_BASE = True
 STORES_ANEW = True
@@ -36,8 +39,9 @@ class FP4(FourBit):
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:
-    return quantise(FP4, model, config)
+    paths = store(model.net, config.target_modules, FP4, double_quant=config.double_quant)
+    return replace(config, target_modules=paths)
 
 
 def rebuild(model: Model, config: Config) -> None:
-    storage(FP4, model, config)
+    reserve(model.net, config.target_modules, FP4, double_quant=config.double_quant)

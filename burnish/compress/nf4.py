@@ -5,8 +5,11 @@ Source: QLoRA (arXiv 2305.14314), section 3: 4-bit NormalFloat. `four_bit.py` ha
 
 from __future__ import annotations
 
-from burnish.compress.four_bit import Config, FourBit, quantise, storage
+from dataclasses import replace
+
+from burnish.compress.four_bit import Config, FourBit
 from burnish.model.bundle import Context, Model
+from burnish.model.surgery import reserve, store
 
 CHANGES_BASE = True
 STORES_ANEW = True
@@ -35,8 +38,9 @@ class NF4(FourBit):
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:
-    return quantise(NF4, model, config)
+    paths = store(model.net, config.target_modules, NF4, double_quant=config.double_quant)
+    return replace(config, target_modules=paths)
 
 
 def rebuild(model: Model, config: Config) -> None:
-    storage(NF4, model, config)
+    reserve(model.net, config.target_modules, NF4, double_quant=config.double_quant)
