@@ -133,11 +133,10 @@ class Probe:
             found["search"] = {"value": value, "wording": chosen, "candidates": len(candidates)}
         if "fine_tuning" in methods:
             found["fine_tuning"] = self.tuned("fine_tuning", ["full"], parts(best), seeds)
+        technique = [{"p_tuning": {"template": template(self.base)}}]
         if "p_tuning" in methods:
-            technique = [{"p_tuning": {"template": template(self.base, around="subject")}}]
             found["p_tuning"] = self.tuned("p_tuning", technique, parts("{}", soft=True), seeds)
         if "stability" in methods:
-            technique = [{"p_tuning": {"template": template(self.base, around="wording")}}]
             rate = found.get("p_tuning", {}).get("learning_rate", RATES["p_tuning"][1])
             scores: dict[str, list[float]] = {}
             for wording in self.relation.wordings:
@@ -157,13 +156,16 @@ def cloze(tokenizer: Any, example: Example) -> Example:
     return replace(example, ids=ids, labels=labels)
 
 
-def template(model: Model, around: str) -> str:
-    """The template of section 4.1 around the subject, or one around a whole wording."""
+def template(model: Model) -> str:
+    """Pseudo tokens around what is asked; an encoder reads them between it and the [MASK], in a sentence's own order.
+
+    The paper's template for BERT, P*3 [MASK] P*3 subject P*3, puts the answer first. An encoder whose sentences all tell
+    the subject first then reads it where it never stood, and so behind pseudo tokens: docs/results.md has both measured.
+    """
     if model.spec.kind != "encoder":
         return "[P*3] {prompt} [P*3]"
     first, mask, last = (getattr(model.tokenizer, f"{name}_token") for name in ("cls", "mask", "sep"))
-    inner = f"{mask}[P*3]{{asked}}[P*3]" if around == "subject" else f"{{asked}}[P*3]{mask}."
-    return f"{first}[P*3]{inner}{last}"
+    return f"{first}{{asked}}[P*6]{mask}.{last}"
 
 
 def averages(relations: dict[str, dict[str, Any]]) -> dict[str, Any]:

