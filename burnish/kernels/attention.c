@@ -41,10 +41,10 @@ static void product(const uint32_t *a, big row, big term, const uint32_t *b, big
         for (big i = 0; i < m; i += 4) {
             const uint32_t *left = a + i * row, *right = b + j / PANEL * panel;
             float *out = c + i * width + j;
-            big vectors = (n - j) / 16;
-            if (VECTORS > 3 && vectors > 3) tile(left, row, term, right, columns, out, width, terms, more, 4);
-            else if (VECTORS > 2 && vectors > 2) tile(left, row, term, right, columns, out, width, terms, more, 3);
-            else if (VECTORS > 1 && vectors > 1) tile(left, row, term, right, columns, out, width, terms, more, 2);
+            big rest = (n - j) / 16;
+            if (VECTORS > 3 && rest > 3) tile(left, row, term, right, columns, out, width, terms, more, 4);
+            else if (VECTORS > 2 && rest > 2) tile(left, row, term, right, columns, out, width, terms, more, 3);
+            else if (VECTORS > 1 && rest > 1) tile(left, row, term, right, columns, out, width, terms, more, 2);
             else tile(left, row, term, right, columns, out, width, terms, more, 1);
         }
 }

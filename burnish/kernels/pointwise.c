@@ -1,6 +1,6 @@
 /* RMSNorm, the gated SiLU, the rotary embedding and softmax cross-entropy of training, forward and backward;
-   `training.py` documents them and has their plain torch twins. Tensors are bfloat16, or float32 where `wide`; arithmetic
-   is in float32. */
+   `training.py` documents them and has their plain torch twins. Tensors are bfloat16, or float32 where `wide`;
+   arithmetic is in float32. */
 
 #include "vectors.h"
 

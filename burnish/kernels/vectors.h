@@ -1,6 +1,6 @@
-/* Vectors of 16 float32 and what the kernels do with them: with AVX-512, or with AVX2 and FMA as two vectors of 8. Numbers
-   in memory are float32 or bfloat16; products read bfloat16 in 32-bit pairs. Where there is AVX512-BF16, that rounds and
-   multiplies; elsewhere float32 arithmetic does. */
+/* Vectors of 16 float32 and what the kernels do with them: with AVX-512, or with AVX2 and FMA as two vectors of 8.
+   Numbers in memory are float32 or bfloat16; products read bfloat16 in 32-bit pairs. Where there is AVX512-BF16, that
+   rounds and multiplies; elsewhere float32 arithmetic does. */
 
 #pragma once
 
@@ -91,10 +91,10 @@ INLINE floats dot_pairs(floats sum, pairs left, pairs right) {
     return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
 #else
     const __m512i high = _mm512_set1_epi32((int)0xffff0000);
-    __m512 a = _mm512_castsi512_ps(_mm512_and_epi32(left, high)), b = _mm512_castsi512_ps(_mm512_and_epi32(right, high));
-    sum = _mm512_fmadd_ps(a, b, sum);
-    a = _mm512_castsi512_ps(_mm512_slli_epi32(left, 16)), b = _mm512_castsi512_ps(_mm512_slli_epi32(right, 16));
-    return _mm512_fmadd_ps(a, b, sum);
+    __m512i a = _mm512_and_epi32(left, high), b = _mm512_and_epi32(right, high);
+    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+    a = _mm512_slli_epi32(left, 16), b = _mm512_slli_epi32(right, 16);
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
 #endif
 }
 
@@ -167,7 +167,7 @@ INLINE floats load(const bf16 *x) {
     return (floats){widen(_mm_loadu_si128((const __m128i *)x)), widen(_mm_loadu_si128((const __m128i *)x + 1))};
 }
 
-/* The bits of bfloat16 in the high halves: to the nearest, ties to even; a NaN stays one. The low halves are left-overs. */
+/* bfloat16 in the high halves, the low ones being left over: to the nearest, ties to even; a NaN stays one. */
 INLINE __m256i rounded(__m256 x) {
     __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
@@ -180,7 +180,7 @@ INLINE void store(bf16 *out, floats x) {
     _mm256_storeu_si256((__m256i *)out, _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8));
 }
 
-/* A part of a row in memory is its first lanes: whole rows of them are rare, and go by way of a copy. */
+/* A part in memory is its first lanes; all but a row's last piece are whole. */
 #define PARTLY(LOAD_PART, LOAD, STORE_PART, STORE, TYPE) \
     INLINE floats LOAD_PART(const TYPE *x, mask part) { \
         if (part == 0xffff) return LOAD(x); \
@@ -215,10 +215,10 @@ INLINE void store_pairs(uint32_t *out, floats first, floats second) {
 
 INLINE __m256 dot_of_eight(__m256 sum, __m256i left, __m256i right) {
     const __m256i high = _mm256_set1_epi32((int)0xffff0000);
-    __m256 a = _mm256_castsi256_ps(_mm256_and_si256(left, high)), b = _mm256_castsi256_ps(_mm256_and_si256(right, high));
-    sum = _mm256_fmadd_ps(a, b, sum);
-    a = _mm256_castsi256_ps(_mm256_slli_epi32(left, 16)), b = _mm256_castsi256_ps(_mm256_slli_epi32(right, 16));
-    return _mm256_fmadd_ps(a, b, sum);
+    __m256i a = _mm256_and_si256(left, high), b = _mm256_and_si256(right, high);
+    sum = _mm256_fmadd_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), sum);
+    a = _mm256_slli_epi32(left, 16), b = _mm256_slli_epi32(right, 16);
+    return _mm256_fmadd_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), sum);
 }
 
 INLINE floats dot_pairs(floats sum, pairs left, pairs right) {
@@ -234,7 +234,7 @@ INLINE mask set_bytes(const uint8_t *x, mask part) {
 
 INLINE floats whole(floats x) { return (floats){_mm256_round_ps(x.low, 8), _mm256_round_ps(x.high, 8)}; }
 
-/* In two factors: 2^n may be neither a number nor 0 where x 2^n, beyond 2^-252 and 2^252, is 0 or infinite in any case. */
+/* In two factors, as 2^n may be out of range where x 2^n is not; beyond 2^-252 and 2^252 it is 0 or infinite. */
 INLINE __m256 eight_times_power(__m256 x, __m256 n) {
     const __m256i most = _mm256_set1_epi32(252), least = _mm256_set1_epi32(-252), one = _mm256_set1_epi32(127);
     __m256i power = _mm256_max_epi32(least, _mm256_min_epi32(most, _mm256_cvtps_epi32(n)));
