@@ -1,52 +1,36 @@
-/* Attention of bfloat16 training, forward and backward, on a processor with AVX-512; `training.py` documents it and
-   has its plain torch twin. Arithmetic is in float32 but for the operands of products.
+/* Attention of bfloat16 training, forward and backward; `training.py` documents it and has its plain torch twin.
+   Arithmetic is in float32 but for the operands of products.
 
    FlashAttention-2 (arXiv 2307.08691, sections 3.1 and 3.2), with whole rows of scores for BLOCK queries at a time, as
    a processor's cache holds them: nothing of queries x keys is ever stored, and the backward pass computes the scores
    again from the saved log-sum-exp. A product reads its left operand as 32-bit pairs of neighbouring terms at any
    strides, and its right one packed as [pairs of terms][columns], long rows in panels of PANEL columns. */
 
-#include "avx512.h"
+#include "vectors.h"
 
-#ifdef AVX512
+#ifdef VECTORS
 
 #define BLOCK 16
-#define PANEL 64
+#define PANEL (16 * VECTORS)
 #define UP(n, to) (((n) + (to) - 1) / (to) * (to))
-
-/* Two rows as pairs: the low halves hold `first`. */
-INLINE void store_pairs(uint32_t *out, __m512 first, __m512 second) {
-    __m512i low = _mm512_cvtepu16_epi32(narrow(first)), high = _mm512_cvtepu16_epi32(narrow(second));
-    _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-}
-
-/* sum + the products of both halves. */
-INLINE __m512 dot_pairs(__m512 sum, __m512i left, __m512i right) {
-#ifdef __AVX512BF16__
-    return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
-#else
-    sum = _mm512_fmadd_ps(high_half(left), high_half(right), sum);
-    return _mm512_fmadd_ps(low_half(left), low_half(right), sum);
-#endif
-}
 
 /* 4 rows x `vectors` * 16 columns of c (+)= a b over `terms` pairs. */
 INLINE void tile(const uint32_t *a, big row, big term, const uint32_t *b, big columns, float *c, big width, big terms,
                  int more, const int vectors) {
-    __m512 sum[4][4];
+    floats sum[4][VECTORS];
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < vectors; j++)
-            sum[i][j] = more ? _mm512_loadu_ps(c + i * width + j * 16) : _mm512_setzero_ps();
+            sum[i][j] = more ? load_floats(c + i * width + j * 16) : zeros();
     for (big k = 0; k < terms; k++, a += term, b += columns) {
-        __m512i right[4];
-        for (int j = 0; j < vectors; j++) right[j] = _mm512_loadu_si512(b + j * 16);
+        pairs right[VECTORS];
+        for (int j = 0; j < vectors; j++) right[j] = load_pairs(b + j * 16);
         for (int i = 0; i < 4; i++) {
-            __m512i left = _mm512_set1_epi32((int)a[i * row]);
+            pairs left = spread_pair(a[i * row]);
             for (int j = 0; j < vectors; j++) sum[i][j] = dot_pairs(sum[i][j], left, right[j]);
         }
     }
     for (int i = 0; i < 4; i++)
-        for (int j = 0; j < vectors; j++) _mm512_storeu_ps(c + i * width + j * 16, sum[i][j]);
+        for (int j = 0; j < vectors; j++) store_floats(c + i * width + j * 16, sum[i][j]);
 }
 
 /* c (m, n) with row length `width` (+)= a b: m a multiple of 4, n of 16. The pair of row i and term k is
@@ -57,9 +41,10 @@ static void product(const uint32_t *a, big row, big term, const uint32_t *b, big
         for (big i = 0; i < m; i += 4) {
             const uint32_t *left = a + i * row, *right = b + j / PANEL * panel;
             float *out = c + i * width + j;
-            if (n - j >= 64) tile(left, row, term, right, columns, out, width, terms, more, 4);
-            else if (n - j >= 48) tile(left, row, term, right, columns, out, width, terms, more, 3);
-            else if (n - j >= 32) tile(left, row, term, right, columns, out, width, terms, more, 2);
+            big rest = (n - j) / 16;
+            if (VECTORS > 3 && rest > 3) tile(left, row, term, right, columns, out, width, terms, more, 4);
+            else if (VECTORS > 2 && rest > 2) tile(left, row, term, right, columns, out, width, terms, more, 3);
+            else if (VECTORS > 1 && rest > 1) tile(left, row, term, right, columns, out, width, terms, more, 2);
             else tile(left, row, term, right, columns, out, width, terms, more, 1);
         }
 }
@@ -86,13 +71,13 @@ INLINE bf16 *head_of(Rows x, big batch, big token, big head) {
 #define ROTATED(get, put)                                                                                          \
     for (big d = 0; d < s->size / 2; d += 16) {                                                                    \
         big e = d + s->size / 2;                                                                                   \
-        __m512 first = get(x + d), second = get(x + e);                                                            \
+        floats first = get(x + d), second = get(x + e);                                                            \
         if (s->cosine) {                                                                                           \
             const bf16 *c = s->cosine + at * s->size, *n = s->sine + at * s->size;                                 \
-            __m512 sd = _mm512_mul_ps(load(n + d), _mm512_set1_ps(sign));                                          \
-            __m512 se = _mm512_mul_ps(load(n + e), _mm512_set1_ps(sign));                                          \
-            __m512 turned = _mm512_fnmadd_ps(second, sign > 0 ? sd : se, _mm512_mul_ps(first, load(c + d)));       \
-            second = _mm512_fmadd_ps(first, sign > 0 ? se : sd, _mm512_mul_ps(second, load(c + e)));               \
+            floats sd = mul(load(n + d), spread(sign));                                          \
+            floats se = mul(load(n + e), spread(sign));                                          \
+            floats turned = fnmadd(second, sign > 0 ? sd : se, mul(first, load(c + d)));       \
+            second = fmadd(first, sign > 0 ? se : sd, mul(second, load(c + e)));               \
             first = turned;                                                                                        \
         }                                                                                                          \
         put(out + d, first);                                                                                       \
@@ -123,7 +108,7 @@ static void scatter(const Shape *s, const float *x, Rows to, big batch, big head
     for (big t = start; t < start + tokens; t++, x += s->size) {
         bf16 *out = head_of(to, batch, t, head);
         big at = batch * length + t;
-        ROTATED(_mm512_loadu_ps, store)
+        ROTATED(load_floats, store)
     }
 }
 
@@ -156,13 +141,11 @@ static big reach(const Shape *s, big batch, big start) {
 }
 
 /* Which of the keys [j, j + 16) query i sees. */
-INLINE __mmask16 visible(const Shape *s, big batch, big i, big j) {
+INLINE mask visible(const Shape *s, big batch, big i, big j) {
     big seen = s->causal ? i + 1 : s->keys;
     if (i >= s->queries || j >= seen) return 0;
-    __mmask16 most = seen - j >= 16 ? 0xffff : (1u << (seen - j)) - 1;
-    if (!s->mask) return most;
-    return _mm_mask_test_epi8_mask(most, _mm_maskz_loadu_epi8(most, s->mask + (batch * s->queries + i) * s->keys + j),
-                                   _mm_set1_epi8(-1));
+    mask most = lanes(seen - j);
+    return s->mask ? set_bytes(s->mask + (batch * s->queries + i) * s->keys + j, most) : most;
 }
 
 typedef struct {
@@ -193,27 +176,27 @@ static void forward_head(const Shape *s, Rows q, Rows k, Rows v, Rows out, float
         product((uint32_t *)rows + start * wide, wide, 1, kt, PANEL, PANEL * wide, score, keys, BLOCK, seen, wide, 0);
         for (big i = 0; i < BLOCK; i++) {
             float *line = score + i * keys;
-            const __m512 low = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(s->scale);
-            __m512 most = low, all = _mm512_setzero_ps();
+            const floats low = spread(-INFINITY), scale = spread(s->scale);
+            floats most = low, all = zeros();
             for (big j = 0; j < seen; j += 16) {
-                __m512 x = _mm512_mask_mul_ps(low, visible(s, batch, start + i, j), _mm512_loadu_ps(line + j), scale);
-                _mm512_storeu_ps(line + j, x);
-                most = _mm512_max_ps(most, x);
+                floats x = choose(visible(s, batch, start + i, j), mul(load_floats(line + j), scale), low);
+                store_floats(line + j, x);
+                most = max(most, x);
             }
-            float peak = i < count ? _mm512_reduce_max_ps(most) : 0;
+            float peak = i < count ? largest_of(most) : 0;
             for (big j = 0; j < seen; j += 16) {
-                __m512 x = exponential(_mm512_sub_ps(_mm512_loadu_ps(line + j), _mm512_set1_ps(peak)));
+                floats x = exponential(sub(load_floats(line + j), spread(peak)));
                 store(weight + i * keys + j, x);
-                all = _mm512_add_ps(all, x);
+                all = add(all, x);
             }
-            total[i] = _mm512_reduce_add_ps(all);
+            total[i] = total_of(all);
             if (i < count) lse[(batch * s->heads + head) * s->queries + start + i] = peak + logf(total[i]);
         }
         product((uint32_t *)weight, keys / 2, 1, vp, size, PANEL, sum, size, BLOCK, size, seen / 2, 0);
         for (big i = 0; i < count; i++)
             for (big d = 0; d < size; d += 16)
                 store(head_of(out, batch, start + i, head) + d,
-                      _mm512_mul_ps(_mm512_loadu_ps(sum + i * size + d), _mm512_set1_ps(1 / total[i])));
+                      mul(load_floats(sum + i * size + d), spread(1 / total[i])));
     }
 }
 
@@ -244,26 +227,26 @@ static void backward_head(const Shape *s, Rows q, Rows k, Rows v, Rows out, Rows
         pack_down(gs, queries, size, gp);
         for (big start = 0; start < s->queries; start += BLOCK) {
             big seen = reach(s, batch, start), count = s->queries - start < BLOCK ? s->queries - start : BLOCK;
-            const __m512 scale = _mm512_set1_ps(s->scale);
+            const floats scale = spread(s->scale);
             product((uint32_t *)qs + start * wide, wide, 1, kt, PANEL, PANEL * wide, score, keys, BLOCK, seen, wide, 0);
             product((uint32_t *)gs + start * wide, wide, 1, vt, PANEL, PANEL * wide, slope, keys, BLOCK, seen, wide, 0);
             for (big i = 0; i < BLOCK; i += 2) {
                 float level[2] = {0, 0}, mean[2] = {0, 0};
                 for (int side = 0; side < 2 && i + side < count; side++) {
                     const bf16 *o = head_of(out, batch, start + i + side, head), *g = gs + (start + i + side) * size;
-                    __m512 dot = _mm512_setzero_ps();
-                    for (big d = 0; d < size; d += 16) dot = _mm512_fmadd_ps(load(o + d), load(g + d), dot);
-                    mean[side] = _mm512_reduce_add_ps(dot);
+                    floats dot = zeros();
+                    for (big d = 0; d < size; d += 16) dot = fmadd(load(o + d), load(g + d), dot);
+                    mean[side] = total_of(dot);
                     level[side] = lse[(batch * s->heads + head) * s->queries + start + i + side];
                 }
                 for (big j = 0; j < seen; j += 16) {
-                    __m512 p[2], ds[2];
+                    floats p[2], ds[2];
                     for (int side = 0; side < 2; side++) {
                         float *line = score + (i + side) * keys + j;
-                        __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(line), scale, _mm512_set1_ps(level[side]));
-                        p[side] = _mm512_maskz_mov_ps(visible(s, batch, start + i + side, j), exponential(x));
-                        x = _mm512_sub_ps(_mm512_loadu_ps(slope + (i + side) * keys + j), _mm512_set1_ps(mean[side]));
-                        ds[side] = _mm512_mul_ps(_mm512_mul_ps(p[side], scale), x);
+                        floats x = fmsub(load_floats(line), scale, spread(level[side]));
+                        p[side] = choose(visible(s, batch, start + i + side, j), exponential(x), zeros());
+                        x = sub(load_floats(slope + (i + side) * keys + j), spread(mean[side]));
+                        ds[side] = mul(mul(p[side], scale), x);
                         store(slope_rows + (i + side) * keys + j, ds[side]);
                     }
                     store_pairs(weights + i / 2 * keys + j, p[0], p[1]);

@@ -1,10 +1,10 @@
-/* RMSNorm, the gated SiLU, the rotary embedding and softmax cross-entropy of training, forward and backward, on a
-   processor with AVX-512; `training.py` documents them and has their plain torch twins. Tensors are bfloat16, or float32
-   where `wide`; arithmetic is in float32. */
+/* RMSNorm, the gated SiLU, the rotary embedding and softmax cross-entropy of training, forward and backward;
+   `training.py` documents them and has their plain torch twins. Tensors are bfloat16, or float32 where `wide`;
+   arithmetic is in float32. */
 
-#include "avx512.h"
+#include "vectors.h"
 
-#ifdef AVX512
+#ifdef VECTORS
 
 /* y = x / sqrt(mean(x^2) + eps) * weight for x (rows, size); `inverse` (rows,) keeps 1 / sqrt(...). */
 void rms_norm_forward(const void *x, const void *weight, float eps, big rows, big size, void *y, float *inverse,
@@ -12,16 +12,16 @@ void rms_norm_forward(const void *x, const void *weight, float eps, big rows, bi
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (big r = 0; r < rows; r++) {
         big row = r * size;
-        __m512 sum = _mm512_setzero_ps();
+        floats sum = zeros();
         for (big j = 0; j < size; j += 16) {
-            __m512 value = get(x, row + j, lanes(size - j), wide);
-            sum = _mm512_fmadd_ps(value, value, sum);
+            floats value = get(x, row + j, lanes(size - j), wide);
+            sum = fmadd(value, value, sum);
         }
-        inverse[r] = 1 / sqrtf(_mm512_reduce_add_ps(sum) / size + eps);
+        inverse[r] = 1 / sqrtf(total_of(sum) / size + eps);
         for (big j = 0; j < size; j += 16) {
-            __mmask16 part = lanes(size - j);
-            __m512 scaled = _mm512_mul_ps(get(x, row + j, part, wide), _mm512_set1_ps(inverse[r]));
-            put(y, row + j, part, _mm512_mul_ps(scaled, get(weight, j, part, wide)), wide);
+            mask part = lanes(size - j);
+            floats scaled = mul(get(x, row + j, part, wide), spread(inverse[r]));
+            put(y, row + j, part, mul(scaled, get(weight, j, part, wide)), wide);
         }
     }
 }
@@ -32,18 +32,18 @@ void rms_norm_backward(const void *grad, const void *x, const void *weight, cons
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (big r = 0; r < rows; r++) {
         big row = r * size;
-        __m512 dot = _mm512_setzero_ps(), scale = _mm512_set1_ps(inverse[r]);
+        floats dot = zeros(), scale = spread(inverse[r]);
         for (big j = 0; j < size; j += 16) {
-            __mmask16 part = lanes(size - j);
-            __m512 gw = _mm512_mul_ps(get(grad, row + j, part, wide), get(weight, j, part, wide));
-            dot = _mm512_fmadd_ps(gw, get(x, row + j, part, wide), dot);
+            mask part = lanes(size - j);
+            floats gw = mul(get(grad, row + j, part, wide), get(weight, j, part, wide));
+            dot = fmadd(gw, get(x, row + j, part, wide), dot);
         }
-        __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(dot) / size * inverse[r] * inverse[r]);
+        floats mean = spread(total_of(dot) / size * inverse[r] * inverse[r]);
         for (big j = 0; j < size; j += 16) {
-            __mmask16 part = lanes(size - j);
-            __m512 gw = _mm512_mul_ps(get(grad, row + j, part, wide), get(weight, j, part, wide));
-            __m512 slope = _mm512_fnmadd_ps(get(x, row + j, part, wide), mean, gw);
-            put(dx, row + j, part, _mm512_mul_ps(scale, slope), wide);
+            mask part = lanes(size - j);
+            floats gw = mul(get(grad, row + j, part, wide), get(weight, j, part, wide));
+            floats slope = fnmadd(get(x, row + j, part, wide), mean, gw);
+            put(dx, row + j, part, mul(scale, slope), wide);
         }
     }
 }
@@ -53,28 +53,28 @@ void rms_norm_weight(const void *grad, const void *x, const float *inverse, big 
                      int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (big j = 0; j < size; j += 16) {
-        __mmask16 part = lanes(size - j);
-        __m512 sum = _mm512_setzero_ps();
+        mask part = lanes(size - j);
+        floats sum = zeros();
         for (big r = 0; r < rows; r++) {
-            __m512 scaled = _mm512_mul_ps(get(x, r * size + j, part, wide), _mm512_set1_ps(inverse[r]));
-            sum = _mm512_fmadd_ps(get(grad, r * size + j, part, wide), scaled, sum);
+            floats scaled = mul(get(x, r * size + j, part, wide), spread(inverse[r]));
+            sum = fmadd(get(grad, r * size + j, part, wide), scaled, sum);
         }
         put(dw, j, part, sum, wide);
     }
 }
 
-INLINE __m512 sigmoid(__m512 x) {
-    __m512 one = _mm512_set1_ps(1);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+INLINE floats sigmoid(floats x) {
+    floats one = spread(1);
+    return divide(one, add(one, exponential(sub(zeros(), x))));
 }
 
 /* out = gate sigmoid(gate) up, all (count,). */
 void gated_silu_forward(const void *gate, const void *up, big count, void *out, int wide, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (big j = 0; j < count; j += 16) {
-        __mmask16 part = lanes(count - j);
-        __m512 x = get(gate, j, part, wide);
-        put(out, j, part, _mm512_mul_ps(_mm512_mul_ps(x, sigmoid(x)), get(up, j, part, wide)), wide);
+        mask part = lanes(count - j);
+        floats x = get(gate, j, part, wide);
+        put(out, j, part, mul(mul(x, sigmoid(x)), get(up, j, part, wide)), wide);
     }
 }
 
@@ -82,11 +82,11 @@ void gated_silu_backward(const void *grad, const void *gate, const void *up, big
                          int wide, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (big j = 0; j < count; j += 16) {
-        __mmask16 part = lanes(count - j);
-        __m512 g = get(grad, j, part, wide), x = get(gate, j, part, wide), s = sigmoid(x);
-        __m512 silu = _mm512_mul_ps(x, s), slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1), s), s);
-        put(dup, j, part, _mm512_mul_ps(g, silu), wide);
-        put(dgate, j, part, _mm512_mul_ps(_mm512_mul_ps(g, get(up, j, part, wide)), slope), wide);
+        mask part = lanes(count - j);
+        floats g = get(grad, j, part, wide), x = get(gate, j, part, wide), s = sigmoid(x);
+        floats silu = mul(x, s), slope = fmadd(silu, sub(spread(1), s), s);
+        put(dup, j, part, mul(g, silu), wide);
+        put(dgate, j, part, mul(mul(g, get(up, j, part, wide)), slope), wide);
     }
 }
 
@@ -98,13 +98,13 @@ void rotate(const void *x, const void *cosine, const void *sine, big rows, big h
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (big r = 0; r < rows * heads; r++) {
         for (big j = 0; j < half; j += 16) {
-            __mmask16 part = lanes(half - j);
+            mask part = lanes(half - j);
             big low = r * size + j, high = low + half, angle = r / heads * size + j;
-            __m512 a = get(x, low, part, wide), b = get(x, high, part, wide);
-            __m512 c = get(cosine, angle, part, wide), s = get(sine, angle, part, wide);
-            if (backwards) s = _mm512_sub_ps(_mm512_setzero_ps(), s);
-            put(out, low, part, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), wide);
-            put(out, high, part, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)), wide);
+            floats a = get(x, low, part, wide), b = get(x, high, part, wide);
+            floats c = get(cosine, angle, part, wide), s = get(sine, angle, part, wide);
+            if (backwards) s = sub(zeros(), s);
+            put(out, low, part, fmsub(a, c, mul(b, s)), wide);
+            put(out, high, part, fmadd(b, c, mul(a, s)), wide);
         }
     }
 }
@@ -112,25 +112,25 @@ void rotate(const void *x, const void *cosine, const void *sine, big rows, big h
 /* Of each row of logits (rows, size): loss = logsumexp(row) - row[label], and, if asked, the row becomes its gradient
    softmax(row) - onehot(label). */
 INLINE float cross_entropy_row(void *row, big label, big size, int gradient, const int wide) {
-    __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    floats most = spread(-INFINITY), sum = zeros();
     for (big j = 0; j < size; j += 16) {
-        __mmask16 part = lanes(size - j);
-        most = _mm512_mask_max_ps(most, part, most, get(row, j, part, wide));
+        mask part = lanes(size - j);
+        most = choose(part, max(most, get(row, j, part, wide)), most);
     }
-    float peak = _mm512_reduce_max_ps(most);
+    float peak = largest_of(most);
     for (big j = 0; j < size; j += 16) {
-        __mmask16 part = lanes(size - j);
-        __m512 x = exponential(_mm512_sub_ps(get(row, j, part, wide), _mm512_set1_ps(peak)));
-        sum = _mm512_mask_add_ps(sum, part, sum, x);
+        mask part = lanes(size - j);
+        floats x = exponential(sub(get(row, j, part, wide), spread(peak)));
+        sum = choose(part, add(sum, x), sum);
     }
-    float level = peak + logf(_mm512_reduce_add_ps(sum));
-    float target = _mm512_cvtss_f32(get(row, label, 1, wide));
+    float level = peak + logf(total_of(sum));
+    float target = lowest_lane(get(row, label, 1, wide));
     for (big j = 0; j < size && gradient; j += 16) {
-        __mmask16 part = lanes(size - j);
-        __m512 x = exponential(_mm512_sub_ps(get(row, j, part, wide), _mm512_set1_ps(level)));
+        mask part = lanes(size - j);
+        floats x = exponential(sub(get(row, j, part, wide), spread(level)));
         put(row, j, part, x, wide);
     }
-    if (gradient) put(row, label, 1, _mm512_set1_ps(expf(target - level) - 1), wide);
+    if (gradient) put(row, label, 1, spread(expf(target - level) - 1), wide);
     return level - target;
 }
 

@@ -9,16 +9,18 @@
 
 #include "grouped.h"
 
-#define DEPTH 128
-#define MOST_AT_ONCE 320 /* tokens, so that a unit's sums fit the second cache */
+#define MOST_AT_ONCE 320 /* tokens */
 #if VECTOR == 64
 #define PANEL 4 /* vectors of tokens; 24 sums and what they need fit 32 registers */
+#define DEPTH 128
+#define MOST_UNIT 384
 #else
 #define PANEL 2
+#define DEPTH 256 /* so that a unit's weights and sums fit a second cache of 256 KiB */
+#define MOST_UNIT 96
 #endif
 #define ROWS 6
 #define MOST_ROWS 12 /* of a tile of few tokens */
-#define MOST_UNIT 384
 #define SQUARE 16 /* transposed at once */
 
 /* What a product works on: x in panels, each (columns, its tokens), and the tokens at once. */
