@@ -105,8 +105,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Held:
-    """What a step attends to: keys and values by layer, float32 or bfloat16, with `length` - 1 tokens of each row, which
-    get one more.
+    """What a step attends to: keys and values by layer, float32 or bfloat16, with `length` - 1 tokens of each row,
+    which get one more.
 
     They are (rows, kv_heads, capacity, size), or of a pool (kv_heads, slots, size), of which `table` (rows, length)
     int64 has each row's slots, all of them initialised but the last. A pool's may be int8 with float32 `scales`

@@ -464,6 +464,16 @@ INLINE void corner(int width, int raw, const uint8_t *const *rows, const lanes *
     EVERY(r, HEIGHT) EVERY(t, width) sums[r][t] = held[r][t];
 }
 
+static void of_bfloat16(const uint8_t *const *rows, const lanes *w, int64_t blocks, const char *x, int64_t stride,
+                        lanes sums[HEIGHT][MOST_WIDTH]) {
+    corner(ABREAST, 1, rows, w, blocks, x, stride, sums);
+}
+
+static void of_floats(const uint8_t *const *rows, const lanes *w, int64_t blocks, const char *x, int64_t stride,
+                      lanes sums[HEIGHT][MOST_WIDTH]) {
+    corner(ABREAST, 0, rows, w, blocks, x, stride, sums);
+}
+
 /* MOST_HEIGHT rows by all tokens: weights are expanded once, or where that takes one instruction as they are used. */
 INLINE void all_tokens(enum kind kind, const product *p, const group *g) {
     const int raw = kind == DENSE && VECTOR == 32;
@@ -491,7 +501,7 @@ INLINE void all_tokens(enum kind kind, const product *p, const group *g) {
             for (int64_t t = 0; t < p->tokens; t += ABREAST) {
                 const char *x = p->x + t * p->stride + first * PARTS * VECTOR;
                 lanes (*own)[MOST_WIDTH] = (lanes(*)[MOST_WIDTH])&sums[t / MOST_WIDTH][half][0][t % MOST_WIDTH];
-                corner(ABREAST, raw, bytes, w, blocks, x, p->stride, own);
+                (raw ? of_bfloat16 : of_floats)(bytes, w, blocks, x, p->stride, own);
             }
         }
     for (int64_t t = 0; t < p->tokens; t += MOST_WIDTH)

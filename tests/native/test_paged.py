@@ -9,13 +9,16 @@ from test_products import built, libraries  # noqa: F401 fixtures
 
 from burnish.native import paged, products
 
-SHAPES = [(3, 4, 2, 16, 5), (2, 8, 2, 64, 37), (2, 6, 6, 128, 16), (1, 12, 1, 80, 1), (2, 2, 1, 256, 19), (2, 4, 2, 8, 7), (1, 2, 2, 300, 9)]
+SHAPES = [
+    *((3, 4, 2, 16, 5), (2, 8, 2, 64, 37), (2, 6, 6, 128, 16), (1, 12, 1, 80, 1), (2, 2, 1, 256, 19)),
+    *((2, 4, 2, 8, 7), (1, 2, 2, 300, 9)),
+]
 
 
 @pytest.mark.parametrize("masked", ["all", "bool", "additive"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_as_torch(built, dtype, stored, masked):
+def test_as_torch(built, dtype, stored, masked):  # noqa: F811
     draw = torch.Generator().manual_seed(0)
     for rows, heads, kv_heads, size, length in SHAPES:
         q = torch.randn(rows, heads, size, generator=draw).to(dtype)
