@@ -47,12 +47,11 @@ def fused(net: Network, prompt: int = 0, stepper: Stepper | None = None) -> Iter
         if stepper is None or stepper.net.run_layers is not None:
             yield
             return
-        net = stepper.net
-        net.run_layers = stepper
+        stepper.net.run_layers = stepper
         try:
             yield
         finally:
-            net.run_layers = None
+            stepper.net.run_layers = None
 
 
 def stepper_of(net: Network) -> Stepper | None:
