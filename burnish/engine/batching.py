@@ -18,7 +18,7 @@ import threading
 from array import array
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from types import EllipsisType
@@ -39,6 +39,7 @@ from burnish.engine.reply import Ends, Generation, Piece, Row, batch_of, ends_of
 from burnish.model.cache import Prefix
 from burnish.model.pages import Pages, Step, View
 from burnish.model.transformer import Transformer
+from burnish.place.fused import Stepper, fused, stepper_of
 
 
 def _field(default: Any, text: str) -> Any:
@@ -147,6 +148,7 @@ class Batcher:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in the order of their numbers
         self.choosers: WeakValueDictionary[str, Chooser] = WeakValueDictionary()
+        self.stepper: Stepper | None = None
         model.net.eval()
 
     def submit(
@@ -193,6 +195,8 @@ class Batcher:
             for request in [*self.running, *self.waiting]:
                 if request.cancelled:
                     self._leave(request)
+            if not self.running:  # the network stays as it is until all that run are done
+                self.stepper = stepper_of(self.model.net)
             self._admit()
             feeds = self._plan()
             self._make_room(feeds)
@@ -316,7 +320,9 @@ class Batcher:
             batch["slots"] = torch.tensor([slots], device=device)
         if self.model.adapters is not None:
             batch["adapter_ids"] = torch.tensor(adapters, device=device)
-        states = chain.forward(self.model, batch, Step(views))[0]
+        fast = all(request.chooser.config.fused for request in feeds)
+        with fused(self.model.net, len(ids), self.stepper) if fast else nullcontext():
+            states = chain.forward(self.model, batch, Step(views))[0]
         return states[[end - 1 for end in itertools.accumulate(feeds.values())]]
 
     def _advance(self, request: Request, to: int) -> None:

@@ -5,9 +5,10 @@
  * barriers, and residuals are added where a product is stored. Activations are float32 throughout.
  */
 
+#include <float.h>
 #include <math.h>
 
-#include "weights.h"
+#include "attention.h"
 
 enum activation { SILU, GELU, GELU_TANH, RELU };
 enum masking { SEEN_ALL, BOOLEAN, ADDITIVE };
@@ -30,7 +31,8 @@ typedef struct {
 typedef struct {
     projection q, k, v, o, gate, up, down;
     norm before_attention, after_attention, before_mlp, after_mlp, q_norm, k_norm;
-    void *keys, *values; /* (rows, kv_heads, capacity, size) */
+    void *keys, *values; /* (rows, kv_heads, slots, size), or of a pool (kv_heads, slots, size) */
+    float *key_scales, *value_scales; /* (kv_heads, slots) of a pool's codes */
     double scale;
 } layer;
 
@@ -46,10 +48,12 @@ typedef struct {
 /* What is run of a layer: all of it, or one half, whose result then goes to `branch` (rows, hidden) and not into x. */
 enum part { WHOLE_LAYER, ATTENTION, FEED_FORWARD };
 
-/* What one step brings. x (rows, hidden), cosine and sine (rows, rotated) float32; the new token's slot is `length` - 1.
- * mask (rows, length) bytes, or (rows, heads, length) float32; `mask_row` and `mask_head` count its elements. */
+/* What one step brings. x (rows, hidden), cosine and sine (rows, rotated) float32; a row's last slot is the new token's:
+ * of its own, or where there is a table (rows, length) of the pool's. mask (rows, length) bytes, or (rows, heads, length)
+ * float32; `mask_row` and `mask_head` count its elements. */
 typedef struct {
-    int64_t rows, length, capacity, cache_half;
+    int64_t rows, length, slots, stored;
+    const int64_t *table;
     float *x;
     const float *cosine, *sine;
     const void *mask;
@@ -107,7 +111,8 @@ INLINE void normalise(const norm *n, const float *x, int64_t size, float *out) {
 
 /* Activations of one step, float32: (rows, ...) each. */
 typedef struct {
-    float *input, *second, *projected, *attended, *inner, *branch, *scores;
+    float *input, *second, *projected, *attended, *inner, *branch, *scores; /* scores: a room of each thread */
+    int64_t each; /* floats of one */
     char *arranged, *rooms;
 } workspace;
 
@@ -131,9 +136,8 @@ static void project(const stack *s, const projection *parts, int count, const fl
 }
 
 typedef struct {
-    const float *q;
+    const float *q; /* (query heads, size), those of one key-value head */
     float *k, *v;
-    int64_t apart; /* elements from one query head to the next, those of one key-value head */
 } heads;
 
 /* Where the queries, the key and the value of a row's key-value head lie. */
@@ -142,15 +146,15 @@ INLINE heads heads_of(const stack *s, const workspace *own, const step *now, int
     float *at = own->projected + row * width;
     if (s->fused == PER_HEAD) {
         at += head * (group + 2) * size;
-        return (heads){at, at + group * size, at + (group + 1) * size, size};
+        return (heads){at, at + group * size, at + (group + 1) * size};
     }
     if (s->fused == BLOCKS) {
         float *k = at + s->heads * size + head * size;
-        return (heads){at + head * group * size, k, k + s->kv_heads * size, size};
+        return (heads){at + head * group * size, k, k + s->kv_heads * size};
     }
     float *q = own->projected + row * s->heads * size;
     float *k = own->projected + now->rows * s->heads * size + row * s->kv_heads * size;
-    return (heads){q + head * group * size, k + head * size, k + (now->rows * s->kv_heads + head) * size, size};
+    return (heads){q + head * group * size, k + head * size, k + (now->rows * s->kv_heads + head) * size};
 }
 
 INLINE void turn(const stack *s, const step *now, int64_t row, float *x) {
@@ -163,95 +167,68 @@ INLINE void turn(const stack *s, const step *now, int64_t row, float *x) {
     }
 }
 
+INLINE pool pool_of(const stack *s, const layer *l, const step *now) {
+    return (pool){s->kv_heads, now->slots, s->size, now->stored, l->keys, l->values, l->key_scales, l->value_scales};
+}
+
+INLINE sight sight_of(const stack *s, const step *now, int64_t row, int64_t head) {
+    const int64_t at = row * now->mask_row + head * now->mask_head;
+    return (sight){now->length,
+                   row * s->kv_heads * now->slots,
+                   now->table ? now->table + row * now->length : NULL,
+                   now->masking == BOOLEAN ? (const uint8_t *)now->mask + row * now->mask_row : NULL,
+                   now->masking == ADDITIVE ? (const float *)now->mask + at : NULL,
+                   now->mask_head};
+}
+
+/* Keep a key or value (size) in its slot; as codes with a scale for the largest of them. */
+INLINE void keep(enum stored_as kind, const float *x, int64_t size, char *kept, float *scales, int64_t slot) {
+    float most = FLT_MIN * 127;
+    for (int64_t j = 0; j < size && kind == CODES; j++) most = __builtin_fabsf(x[j]) > most ? __builtin_fabsf(x[j]) : most;
+    if (kind == CODES) scales[slot] = most / 127;
+    for (int64_t j = 0, at = slot * size; j < size; j++, at++)
+        if (kind == CODES)
+            ((int8_t *)kept)[at] = (int8_t)__builtin_rintf(x[j] / (most / 127));
+        else if (kind == BFLOAT16)
+            ((uint16_t *)kept)[at] = narrow(x[j]);
+        else
+            ((float *)kept)[at] = x[j];
+}
+
 /* The new token's queries, keys and values: clipped, normed, rotated, and written into the cache. */
 static void remember(const stack *s, const layer *l, const step *now, const workspace *own) {
     const int64_t group = s->heads / s->kv_heads, size = s->size;
+    const pool p = pool_of(s, l, now);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < now->rows * s->kv_heads; task++) {
         const int64_t row = task / s->kv_heads, head = task % s->kv_heads;
         const heads at = heads_of(s, own, now, row, head);
         for (int64_t i = 0; i < group + 2; i++) {
-            float *x = i < group ? (float *)at.q + i * at.apart : i == group ? at.k : at.v;
+            float *x = i < group ? (float *)at.q + i * size : i == group ? at.k : at.v;
             for (int64_t j = 0; j < size && s->clip > 0; j++)
                 x[j] = x[j] > s->clip ? s->clip : x[j] < -s->clip ? -s->clip : x[j];
             const norm *n = i < group ? &l->q_norm : &l->k_norm;
             if (i <= group && n->weight) normalise(n, x, size, x);
             if (i <= group && s->rotated) turn(s, now, row, x);
         }
-        const int64_t slot = (task * now->capacity + now->length - 1) * size;
-        for (int64_t j = 0; j < size; j++)
-            if (now->cache_half) {
-                ((uint16_t *)l->keys)[slot + j] = narrow(at.k[j]);
-                ((uint16_t *)l->values)[slot + j] = narrow(at.v[j]);
-            } else {
-                ((float *)l->keys)[slot + j] = at.k[j];
-                ((float *)l->values)[slot + j] = at.v[j];
-            }
-    }
-}
-
-INLINE void load_head(const void *from, int64_t at, int64_t size, int half, float *to) {
-    for (int64_t j = 0; j < size; j++)
-        to[j] = half ? widen(((const uint16_t *)from)[at + j]) : ((const float *)from)[at + j];
-}
-
-enum { MOST_SIZE = 512 };
-
-/* Attention of `count` query heads from `first` over one row's keys of one key-value head. */
-INLINE void attend(const stack *s, const layer *l, const step *now, const workspace *own, int64_t row, int64_t head,
-                   int64_t first, int64_t count, int half) {
-    const int64_t group = s->heads / s->kv_heads, size = s->size, length = now->length;
-    const heads at = heads_of(s, own, now, row, head);
-    const int64_t cached = (row * s->kv_heads + head) * now->capacity * size, query = head * group + first;
-    float *scores = own->scores + (row * s->heads + query) * length, place[MOST_SIZE];
-    const uint8_t *shown = now->masking == BOOLEAN ? (const uint8_t *)now->mask + row * now->mask_row : NULL;
-    for (int64_t t = 0; t < length; t++) {
-        if (shown && !shown[t]) continue;
-        load_head(l->keys, cached + t * size, size, half, place);
-        for (int64_t i = 0; i < count; i++) {
-            const float *q = at.q + (first + i) * at.apart;
-            float sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t j = 0; j < size; j++) sum += q[j] * place[j];
-            scores[i * length + t] = sum;
-        }
-    }
-    float *out = own->attended + (row * s->heads + query) * size;
-    memset(out, 0, count * size * 4);
-    for (int64_t i = 0; i < count; i++) {
-        float *mine = scores + i * length, most = -INFINITY, total = 0;
-        const float *added = now->masking == ADDITIVE
-                                 ? (const float *)now->mask + row * now->mask_row + (query + i) * now->mask_head
-                                 : NULL;
-        for (int64_t t = 0; t < length; t++) {
-            mine[t] = shown && !shown[t] ? -INFINITY : mine[t] * (float)l->scale + (added ? added[t] : 0);
-            most = mine[t] > most ? mine[t] : most;
-        }
-#pragma omp simd reduction(+ : total)
-        for (int64_t t = 0; t < length; t++) {
-            mine[t] = mine[t] == -INFINITY ? 0 : fast_exp(mine[t] - most);
-            total += mine[t];
-        }
-        for (int64_t t = 0; t < length; t++) mine[t] /= total;
-    }
-    for (int64_t t = 0; t < length; t++) {
-        if (shown && !shown[t]) continue;
-        load_head(l->values, cached + t * size, size, half, place);
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t j = 0; j < size; j++) out[i * size + j] += scores[i * length + t] * place[j];
+        const sight seen = sight_of(s, now, row, head);
+        const int64_t slot = slot_of(&p, &seen, head, now->length - 1);
+        keep(p.stored, at.k, size, p.keys, p.key_scales, slot);
+        keep(p.stored, at.v, size, p.values, p.value_scales, slot);
     }
 }
 
 /* By key-value heads, each read once; where there are too few of them for the team, by query heads. */
 static void attend_all(const stack *s, const layer *l, const step *now, const workspace *own) {
     const int64_t group = s->heads / s->kv_heads, each = now->rows * s->kv_heads < s->threads ? 1 : group;
+    const pool p = pool_of(s, l, now);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < now->rows * s->heads / each; task++) {
-        const int64_t query = task * each % s->heads, row = task * each / s->heads;
-        if (now->cache_half)
-            attend(s, l, now, own, row, query / group, query % group, each, 1);
-        else
-            attend(s, l, now, own, row, query / group, query % group, each, 0);
+        const int64_t head = task * each % s->heads, row = task * each / s->heads, kv = head / group;
+        const sight seen = sight_of(s, now, row, head);
+        const float *q = heads_of(s, own, now, row, kv).q + head % group * s->size;
+        attend(&p, &seen, kv, each, q, (float)l->scale, own->attended + (row * s->heads + head) * s->size,
+               own->scores + THREAD * own->each);
     }
 }
 
@@ -335,7 +312,9 @@ int decode(const stack *s, const layer *layers, int64_t count, const step *now) 
             each = max(each, m.each);
         }
     }
-    const size_t projected = up(rows * (query + 2 * key) * 4), scores = up(rows * s->heads * now->length * 4);
+    const pool any = pool_of(s, layers, now);
+    const int64_t own_room = up(room_of(&any, s->heads / s->kv_heads, now->length) * 4);
+    const size_t projected = up(rows * (query + 2 * key) * 4), scores = s->threads * own_room;
     char *room = aligned_alloc(64, 3 * hidden + projected + up(rows * query * 4) + 2 * inner + scores + up(arranged) +
                                        s->threads * up(each));
     if (!room) return 1;
@@ -350,7 +329,7 @@ int decode(const stack *s, const layer *layers, int64_t count, const step *now) 
     TAKE(float, inner, 2 * inner);
     TAKE(float, scores, scores);
     TAKE(char, arranged, up(arranged));
-    own.rooms = at;
+    own.rooms = at, own.each = own_room / 4;
 #pragma omp parallel num_threads(s->threads) if (s->threads > 1)
     for (int64_t i = 0; i < count; i++) run_layer(s, layers + i, now, &own);
     free(room);

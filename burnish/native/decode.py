@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from burnish.native import products
+from burnish.native import paged, products
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 FUSED = ("", "heads", "blocks")
-MOST_HEAD_SIZE = 512
 SEEN_ALL, BOOLEAN, ADDITIVE = 0, 1, 2
 WHOLE, ATTENTION, FEED_FORWARD = 0, 1, 2  # what is run of a layer
 
@@ -65,7 +64,7 @@ class _Layer(Structure):
     _fields_ = [
         *((name, _Projection) for name in PROJECTIONS),
         *((name, _Norm) for name in NORMS),
-        ("keys", c_void_p), ("values", c_void_p), ("scale", c_double),
+        *((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")), ("scale", c_double),
     ]  # fmt: skip
 
 
@@ -78,8 +77,8 @@ class _Stack(Structure):
 
 class _Step(Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("rows", "length", "capacity", "cache_half")),
-        *((name, c_void_p) for name in ("x", "cosine", "sine", "mask")),
+        *((name, c_int64) for name in ("rows", "length", "slots", "stored")),
+        *((name, c_void_p) for name in ("table", "x", "cosine", "sine", "mask")),
         *((name, c_int64) for name in ("masking", "mask_row", "mask_head", "part")), ("branch", c_void_p),
     ]  # fmt: skip
 
@@ -104,6 +103,23 @@ class Shape:
     clip: float
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a step attends to: keys and values by layer, float32 or bfloat16, with `length` - 1 tokens of each row,
+    which get one more.
+
+    They are (rows, kv_heads, capacity, size), or of a pool (kv_heads, slots, size), of which `table` (rows, length)
+    int64 has each row's slots, all of them initialised but the last. A pool's may be int8 with float32 `scales`
+    (kv_heads, slots, 1) by layer, of keys and of values.
+    """
+
+    keys: Mapping[int, Tensor] | Tensor
+    values: Mapping[int, Tensor] | Tensor
+    length: int
+    table: Tensor | None = None
+    scales: tuple[Tensor, Tensor] | None = None
+
+
 class Layers:
     """Consecutive layers of one shape, given as their projections and norms by name."""
 
@@ -126,18 +142,15 @@ class Layers:
         self,
         layers: range,
         x: Tensor,
-        keys: Mapping[int, Tensor],
-        values: Mapping[int, Tensor],
-        length: int,
+        held: Held,
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         part: int = WHOLE,
     ) -> Tensor:
         """x (rows, hidden) through some of the layers, in x's dtype; or what one half of one layer adds to x, float32.
 
-        keys, values by layer (rows, kv_heads, capacity, size), float32 or bfloat16, hold `length` - 1 tokens and get
-        one more. rotary: cosine and sine (rows, rotated). mask: bool (rows, length) of what is seen, or floating
-        (rows or 1, heads, length), added to the scores.
+        rotary: cosine and sine (rows, rotated). mask: bool (rows, length) of what is seen, or floating (rows or 1,
+        heads, length), added to the scores.
         """
         out = x.to(torch.float32, copy=True).contiguous()
         wide = None if rotary is None else [part.float().contiguous() for part in rotary]
@@ -147,11 +160,15 @@ class Layers:
             mask = (mask if boolean else mask.float()).contiguous()
             masking, row, head = BOOLEAN if boolean else ADDITIVE, mask.stride(0) * (len(mask) > 1), mask.stride(-2)
         for index in layers:
-            self.layers[index].keys, self.layers[index].values = keys[index].data_ptr(), values[index].data_ptr()
+            layer = self.layers[index]
+            layer.keys, layer.values = held.keys[index].data_ptr(), held.values[index].data_ptr()
+            if held.scales is not None:
+                layer.key_scales, layer.value_scales = (scales[index].data_ptr() for scales in held.scales)
         branch = torch.empty_like(out) if part else None
         self.stack.threads, self.stack.narrow = torch.get_num_threads(), x.dtype == torch.bfloat16
+        kept, table = held.keys[layers[0]], None if held.table is None else held.table.contiguous()
         step = _Step(
-            len(out), length, keys[layers[0]].shape[2], keys[layers[0]].dtype == torch.bfloat16, out.data_ptr(),
+            len(out), held.length, kept.shape[-2], paged.KINDS[kept.dtype], _pointer(table), out.data_ptr(),
             *(map(_pointer, wide) if wide else (None, None)), _pointer(mask), masking, row, head, part,
             _pointer(branch),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-/* Attention of one query a row over keys and values in slots of a pool, on a CPU.
+/* Attention of one query a row over keys and values in slots, on a CPU.
  *
  * A key-value head of a row is read once, where it lies, for all the query heads that share it; scores, softmax and sums
  * are in float32. Vectors are the compiler's, lowered to what the processor has.
@@ -6,40 +6,24 @@
 
 #include <math.h>
 
-#include "weights.h"
+#include "attention.h"
 
-#define LANES 16
-#define MOST_SIZE 256
-
-typedef int64_t big;
 typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t words __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(32), aligned(2), may_alias));
 typedef int8_t bytes __attribute__((vector_size(16), aligned(1), may_alias));
 
-enum stored_as { FLOAT32, BFLOAT16, CODES };
-static const big BYTES[] = {4, 2, 1};
+static const int64_t BYTES[] = {4, 2, 1};
 
-/* Packed by Python: one word each. q and out (rows, heads, size) are stored as `x`; keys and values (kv_heads, slots,
- * size) as `stored`, times scales (kv_heads, slots) where that is CODES. table (rows, length). A row sees what its mask
- * (rows, length) shows, or every slot, its scores plus bias (rows, heads, length), stored as `x`; either may be NULL. */
-typedef struct {
-    big rows, heads, kv_heads, slots, size, length, x, stored;
-    const char *q, *keys, *values;
-    const float *key_scales, *value_scales;
-    const big *table;
-    const uint8_t *mask;
-    const char *bias;
-    char *out;
-    double scale;
-    big threads;
-} request;
-
-INLINE float get(big kind, const char *from, big at) {
-    return kind == FLOAT32 ? ((const float *)from)[at] : widen(((const uint16_t *)from)[at]);
-}
-
-INLINE vec load(const enum stored_as kind, const char *from) {
+/* The first of `left` numbers, zeros beyond the last. */
+INLINE vec load(const enum stored_as kind, const char *from, int64_t left) {
+    if (left < LANE) {
+        vec x = {};
+        for (int64_t i = 0; i < left; i++)
+            x[i] = kind == FLOAT32 ? ((const float *)from)[i] : kind == CODES ? ((const int8_t *)from)[i]
+                                    : widen(((const uint16_t *)from)[i]);
+        return x;
+    }
     if (kind == FLOAT32) return *(const vec *)from;
     if (kind == CODES) return __builtin_convertvector(__builtin_convertvector(*(const bytes *)from, words), vec);
     return (vec)(__builtin_convertvector(*(const halves *)from, words) << 16);
@@ -70,78 +54,98 @@ INLINE vec exponential(vec x) {
     return (vec)((words)p + (((words)shifted - (words)magic) << 23));
 }
 
-/* One row's queries of one key-value head; `room` holds 2 * group * size + group * padded floats. */
-INLINE void attend(const enum stored_as kind, const big size, const request *r, big row, big kv, float *room) {
-    const big n = r->length, group = r->heads / r->kv_heads, padded = (n + LANES - 1) / LANES * LANES;
-    const big first = (row * r->heads + kv * group) * size, *slots = r->table + row * n;
-    const uint8_t *mask = r->mask ? r->mask + row * n : NULL;
-    float *query = room, *sum = query + group * size, *score = sum + group * size;
-    for (big i = 0; i < group * size; i++) query[i] = get(r->x, r->q, first + i) * (float)r->scale;
-    memset(sum, 0, group * size * sizeof(float));
-    for (big i = 0; i < group * padded; i++) score[i] = -INFINITY;
-    for (big j = 0; j < n; j++) {
-        if (mask && !mask[j]) continue;
-        const big at = kv * r->slots + slots[j];
-        const float scale = kind == CODES ? r->key_scales[at] : 1;
-        vec key[MOST_SIZE / LANES];
-        for (big d = 0; d < size; d += LANES) key[d / LANES] = load(kind, r->keys + (at * size + d) * BYTES[kind]);
-        for (big g = 0; g < group; g++) {
+INLINE void attend_as(const enum stored_as kind, const int64_t size, const pool *p, const sight *s, int64_t kv,
+                      int64_t heads, const float *q, float scale, float *out, float *room) {
+    const int64_t n = s->length, wide = padded(size), line = padded(n);
+    float *query = room, *sum = query + heads * wide, *scores = sum + heads * wide;
+    memset(room, 0, 2 * heads * wide * sizeof(float));
+    for (int64_t g = 0; g < heads; g++)
+        for (int64_t i = 0; i < size; i++) query[g * wide + i] = q[g * size + i] * scale;
+    for (int64_t i = 0; i < heads * line; i++) scores[i] = -INFINITY;
+    for (int64_t j = 0; j < n; j++) {
+        if (s->mask && !s->mask[j]) continue;
+        const int64_t at = slot_of(p, s, kv, j);
+        const float unit = kind == CODES ? p->key_scales[at] : 1;
+        vec key[MOST_SIZE / LANE];
+        for (int64_t d = 0; d < size; d += LANE)
+            key[d / LANE] = load(kind, p->keys + (at * size + d) * BYTES[kind], size - d);
+        for (int64_t g = 0; g < heads; g++) {
             vec dots = {};
-            for (big d = 0; d < size; d += LANES) dots += *(const vec *)(query + g * size + d) * key[d / LANES];
-            score[g * padded + j] = total(dots) * scale;
+            for (int64_t d = 0; d < size; d += LANE) dots += *(const vec *)(query + g * wide + d) * key[d / LANE];
+            scores[g * line + j] = total(dots) * unit;
         }
     }
-    for (big g = 0; g < group; g++) {
-        float *line = score + g * padded, most = -INFINITY;
+    for (int64_t g = 0; g < heads; g++) {
+        float *own = scores + g * line, most = -INFINITY;
         vec all = {};
-        if (r->bias)
-            for (big j = 0; j < n; j++) line[j] += get(r->x, r->bias, (row * r->heads + kv * group + g) * n + j);
-        for (big j = 0; j < n; j++) most = line[j] > most ? line[j] : most;
-        for (big j = 0; j < padded; j += LANES) {
-            const vec x = *(vec *)(line + j), share = exponential(x - most);
-            all += *(vec *)(line + j) = (vec)((words)share & (x > -INFINITY));
+        for (int64_t j = 0; j < n && s->bias; j++) own[j] += s->bias[g * s->apart + j];
+        for (int64_t j = 0; j < n; j++) most = own[j] > most ? own[j] : most;
+        for (int64_t j = 0; j < line; j += LANE) {
+            const vec x = *(vec *)(own + j), share = exponential(x - most);
+            all += *(vec *)(own + j) = (vec)((words)share & (x > -INFINITY));
         }
         const float whole = 1 / total(all);
-        for (big j = 0; j < n; j++) line[j] *= whole;
+        for (int64_t j = 0; j < n; j++) own[j] *= whole;
     }
-    for (big j = 0; j < n; j++) {
-        if (mask && !mask[j]) continue;
-        const big at = kv * r->slots + slots[j];
-        const float scale = kind == CODES ? r->value_scales[at] : 1;
-        vec value[MOST_SIZE / LANES];
-        for (big d = 0; d < size; d += LANES) value[d / LANES] = load(kind, r->values + (at * size + d) * BYTES[kind]);
-        for (big g = 0; g < group; g++) {
-            const float share = score[g * padded + j] * scale;
-            for (big d = 0; d < size; d += LANES) *(vec *)(sum + g * size + d) += share * value[d / LANES];
+    for (int64_t j = 0; j < n; j++) {
+        if (s->mask && !s->mask[j]) continue;
+        const int64_t at = slot_of(p, s, kv, j);
+        const float unit = kind == CODES ? p->value_scales[at] : 1;
+        vec value[MOST_SIZE / LANE];
+        for (int64_t d = 0; d < size; d += LANE)
+            value[d / LANE] = load(kind, p->values + (at * size + d) * BYTES[kind], size - d);
+        for (int64_t g = 0; g < heads; g++) {
+            const float share = scores[g * line + j] * unit;
+            for (int64_t d = 0; d < size; d += LANE) *(vec *)(sum + g * wide + d) += share * value[d / LANE];
         }
     }
-    for (big i = 0; i < group * size; i++)
-        if (r->x == FLOAT32)
-            ((float *)r->out)[first + i] = sum[i];
-        else
-            ((uint16_t *)r->out)[first + i] = narrow(sum[i]);
+    for (int64_t g = 0; g < heads; g++) memcpy(out + g * size, sum + g * wide, size * sizeof(float));
 }
 
 /* A function each, so that the kind and the usual sizes are constants in it. */
-#define ATTEND(NAME, KIND)                                              \
-    static void NAME(const request *r, big row, big kv, float *room) {  \
-        if (r->size == 64) attend(KIND, 64, r, row, kv, room);          \
-        else if (r->size == 128) attend(KIND, 128, r, row, kv, room);   \
-        else attend(KIND, r->size, r, row, kv, room);                   \
+#define ATTEND(NAME, KIND)                                                                                         \
+    static void NAME(const pool *p, const sight *s, int64_t kv, int64_t heads, const float *q, float scale,        \
+                     float *out, float *room) {                                                                    \
+        if (p->size == 64) attend_as(KIND, 64, p, s, kv, heads, q, scale, out, room);                              \
+        else if (p->size == 128) attend_as(KIND, 128, p, s, kv, heads, q, scale, out, room);                       \
+        else attend_as(KIND, p->size, p, s, kv, heads, q, scale, out, room);                                       \
     }
 ATTEND(of_float32, FLOAT32)
 ATTEND(of_bfloat16, BFLOAT16)
-ATTEND(of_int8, CODES)
+ATTEND(of_codes, CODES)
 
-/* Returns 1 where memory is short, else 0. `size` is a multiple of LANES, at most MOST_SIZE. */
+void attend(const pool *p, const sight *s, int64_t kv, int64_t heads, const float *q, float scale, float *out,
+            float *room) {
+    (p->stored == FLOAT32 ? of_float32 : p->stored == CODES ? of_codes : of_bfloat16)(p, s, kv, heads, q, scale, out, room);
+}
+
+/* Packed by Python: one word each. q and out (rows, heads, size) float32; table (rows, length); mask (rows, length) and
+ * bias (rows, heads, length) may be NULL. */
+typedef struct {
+    pool in;
+    int64_t rows, heads, length;
+    const float *q;
+    const int64_t *table;
+    const uint8_t *mask;
+    const float *bias;
+    float *out;
+    double scale;
+    int64_t threads;
+} request;
+
+/* Returns 1 where memory is short, else 0. */
 int paged_attention(const request *r) {
-    void (*const runs[])(const request *, big, big, float *) = {of_float32, of_bfloat16, of_int8};
-    const big group = r->heads / r->kv_heads, each = group * (2 * r->size + r->length + LANES);
+    const int64_t group = r->heads / r->in.kv_heads, each = room_of(&r->in, group, r->length);
     float *room = malloc(r->threads * each * sizeof(float));
     if (!room) return 1;
 #pragma omp parallel for schedule(dynamic) num_threads(r->threads) if (r->threads > 1)
-    for (big task = 0; task < r->rows * r->kv_heads; task++)
-        runs[r->stored](r, task / r->kv_heads, task % r->kv_heads, room + THREAD * each);
+    for (int64_t task = 0; task < r->rows * r->in.kv_heads; task++) {
+        const int64_t row = task / r->in.kv_heads, kv = task % r->in.kv_heads, head = row * r->heads + kv * group;
+        const sight seen = {r->length, 0, r->table + row * r->length, r->mask ? r->mask + row * r->length : NULL,
+                            r->bias ? r->bias + head * r->length : NULL, r->length};
+        attend(&r->in, &seen, kv, group, r->q + head * r->in.size, (float)r->scale, r->out + head * r->in.size,
+               room + THREAD * each);
+    }
     free(room);
     return 0;
 }

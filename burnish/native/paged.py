@@ -1,41 +1,27 @@
-"""Attention of one query a row straight over a pool's slots, on a CPU, by a C file built on first use.
+"""Attention of one query a row straight over a pool's slots, on a CPU, in C (`paged.c`).
 
 The plain torch twin gathers every row's keys and values before it multiplies, in bfloat16 and int8 with conversions;
-`paged.c` reads them once, where they lie. Where there is no compiler `takes` says no.
+here they are read once, where they lie. Where there is no compiler `takes` says no.
 """
 
 from __future__ import annotations
 
-import ctypes
 import struct
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from burnish.native import build
+from burnish.native import products
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-LANES, MOST_SIZE = 16, 256
+MOST_SIZE = 512  # of a head
 SMALL = 1 << 14  # keys' elements below which waking a second thread costs more than it saves
-REQUEST = struct.Struct("=17qdq")  # of the C function `paged_attention`
-
-
-@cache
-def library(extra: tuple[str, ...] = ()) -> ctypes.CDLL | None:
-    """The compiled library, built with `extra` flags; None where it cannot be had."""
-    folder = Path(__file__).parent
-    found = build.load([folder / "paged.c"], extra)
-    if found is not None:
-        found.paged_attention.argtypes = [ctypes.c_char_p]
-    return found
+REQUEST = struct.Struct("=16qdq")  # of the C function `paged_attention`
 
 
 def takes(q: Tensor) -> bool:
     """Whether `attention` is the way for queries (rows, heads, head_dim); builds the library on the first call."""
-    fits = q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and not q.shape[-1] % LANES
-    return fits and q.shape[-1] <= MOST_SIZE and not q.requires_grad and library() is not None
+    return q.shape[-1] <= MOST_SIZE and not q.requires_grad and products.usable(q.device, q.dtype)
 
 
 def attention(
@@ -50,21 +36,20 @@ def attention(
 
     stored: keys and values (kv_heads, slots, head_dim), contiguous, float32, bfloat16, or int8 with float32 scales
     (kv_heads, slots, 1) each. slots (rows, S) int64: each row's, all of them initialised. mask: (rows, 1, 1, S) bool,
-    True where it is seen, or (rows, heads, 1, S) in q's dtype, added; every row sees a slot. None: all seen.
+    True where it is seen, or (rows, heads, 1, S) floating, added; every row sees a slot. None: all seen.
     """
     (rows, heads, size), length = q.shape, slots.shape[1]
-    q, slots = q.contiguous(), slots.contiguous()
-    out = torch.empty_like(q)
+    wide, slots = q.float().contiguous(), slots.contiguous()
+    out = torch.empty_like(wide)
     seen = bias = None
     if mask is not None and mask.dtype == torch.bool:
         seen = mask.expand(rows, 1, 1, length).contiguous()
     elif mask is not None:
-        bias = mask.expand(rows, heads, 1, length).contiguous()
+        bias = mask.float().expand(rows, heads, 1, length).contiguous()
     threads = torch.get_num_threads() if rows * length * heads * size > SMALL else 1
-    sizes = (rows, heads, *stored[0].shape, length, KINDS[q.dtype], KINDS[stored[0].dtype])
-    given = (q, *stored, *(scales or (None, None)), slots, seen, bias, out)
-    found = library()
-    assert found is not None, "ask takes() first"
-    if found.paged_attention(REQUEST.pack(*sizes, *(0 if x is None else x.data_ptr() for x in given), scale, threads)):
+    kept = (x.data_ptr() if x is not None else 0 for x in (*stored, *(scales or (None, None))))
+    given = (x.data_ptr() if x is not None else 0 for x in (wide, slots, seen, bias, out))
+    sizes = (*stored[0].shape, KINDS[stored[0].dtype], *kept, rows, heads, length)
+    if products.ready().paged_attention(REQUEST.pack(*sizes, *given, scale, threads)):
         raise MemoryError(f"no memory for the scores of {length} tokens")
-    return out
+    return out.to(q.dtype)

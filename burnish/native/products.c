@@ -37,7 +37,16 @@ INLINE chunk expand_int8(const uint8_t *bytes) {
     return c;
 }
 
-/* Of bfloat16; with AVX-512 in float32 the even ones of 32 positions before the odd ones. */
+/* The i-th part of what `expand_dense` gives with vectors of 32 bytes. */
+INLINE lanes dense_part(const uint8_t *bytes, int64_t i) {
+#if VECTOR == 32
+    const __m256i pairs = _mm256_loadu_si256((const __m256i *)bytes + i / 4 * 2 + i % 2);
+    return (lanes)(i % 4 < 2 ? _mm256_slli_epi32(pairs, 16) : _mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000)));
+#endif
+    return (lanes){0};
+}
+
+/* Of bfloat16; in float32 the even ones of 32 positions before the odd ones, but without wide vectors. */
 INLINE chunk expand_dense(const uint8_t *bytes, int half) {
     chunk c;
     if (half) {
@@ -51,8 +60,7 @@ INLINE chunk expand_dense(const uint8_t *bytes, int half) {
         c.part[2 * i + 1] = (lanes)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000));
     }
 #elif VECTOR == 32
-    for (int i = 0; i < PARTS; i++)
-        c.part[i] = (lanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)bytes + i)), 16);
+    EVERY(i, PARTS) c.part[i] = dense_part(bytes, i);
 #else
     flat values;
     for (int i = 0; i < BLOCK; i++) values.floats[i] = widen(((const uint16_t *)bytes)[i]);
@@ -86,6 +94,10 @@ INLINE four totals(int all, lanes a, lanes b, lanes c, lanes d) {
     const __m512 quarters = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
     const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
     return (four)_mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+#elif VECTOR == 32
+    const __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = all ? _mm256_hadd_ps((__m256)c, (__m256)d) : ab;
+    const __m256 sums = _mm256_hadd_ps(ab, cd);
+    return (four)_mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
 #else
     const lanes sums[] = {a, b, c, d};
     four total = {0};
@@ -172,7 +184,12 @@ INLINE chunk expand(enum kind kind, int half, const matrix *w, const lines *rows
     if (kind == INT8) return expand_int8(from);
     if (kind == DENSE) return expand_dense(from, half);
     chunk c;
-    memcpy(&c, from, sizeof c);
+    if (kind >= Q8_0) {
+        expand_32(kind, rows->bytes[r], 2 * block, c.part);
+        expand_32(kind, rows->bytes[r], 2 * block + 1, c.part + HALF_PARTS);
+    } else {
+        memcpy(&c, from, sizeof c);
+    }
     return c;
 }
 
@@ -417,6 +434,82 @@ INLINE void gguf_whole_tile(enum kind kind, int height, int width, const product
 }
 #endif
 
+#ifndef WIDE
+#define DEEP 4 /* blocks of columns that meet all tokens before the next: x's part of them fits the first cache */
+#define ABREAST 2 /* tokens: their sums with HEIGHT rows, and what these are made of, fit 16 registers */
+#if defined(__x86_64__)
+#define HELD(value) __asm__("" : "+x"(value)) /* in a register: gcc would read it again for every row */
+#else
+#define HELD(value)
+#endif
+
+/* sums of HEIGHT rows and `width` tokens += `blocks` of weights by x's; the weights as floats `w` (HEIGHT, DEEP blocks), or
+ * where `raw` bfloat16 at `rows`. */
+INLINE void corner(int width, int raw, const uint8_t *const *rows, const lanes *w, int64_t blocks, const char *x,
+                   int64_t stride, lanes sums[HEIGHT][MOST_WIDTH]) {
+    lanes held[HEIGHT][ABREAST];
+    EVERY(r, HEIGHT) EVERY(t, width) held[r][t] = sums[r][t];
+    for (int64_t i = 0; i < PARTS * blocks; i += 4)
+        EVERY(j, 4) {
+            lanes values[ABREAST];
+            EVERY(t, width) {
+                memcpy(&values[t], x + t * stride + (i + j) * VECTOR, VECTOR);
+                HELD(values[t]);
+            }
+            EVERY(r, HEIGHT) {
+                const lanes weight = raw ? dense_part(rows[r] + 16 * i, j) : w[r * (DEEP * PARTS) + i + j];
+                EVERY(t, width) held[r][t] = multiply_add(weight, values[t], held[r][t]);
+            }
+        }
+    EVERY(r, HEIGHT) EVERY(t, width) sums[r][t] = held[r][t];
+}
+
+static void of_bfloat16(const uint8_t *const *rows, const lanes *w, int64_t blocks, const char *x, int64_t stride,
+                        lanes sums[HEIGHT][MOST_WIDTH]) {
+    corner(ABREAST, 1, rows, w, blocks, x, stride, sums);
+}
+
+static void of_floats(const uint8_t *const *rows, const lanes *w, int64_t blocks, const char *x, int64_t stride,
+                      lanes sums[HEIGHT][MOST_WIDTH]) {
+    corner(ABREAST, 0, rows, w, blocks, x, stride, sums);
+}
+
+/* MOST_HEIGHT rows by all tokens: weights are expanded once, or where that takes one instruction as they are used. */
+INLINE void all_tokens(enum kind kind, const product *p, const group *g) {
+    const int raw = kind == DENSE && VECTOR == 32;
+    const int64_t deep = p->tokens > MOST_FEW / 2 ? DEEP / 2 : DEEP;
+    lines both[] = {lines_of(kind, HEIGHT, p->w, g, 0), lines_of(kind, HEIGHT, p->w, g, HEIGHT)};
+    lanes w[HEIGHT * DEEP * PARTS], sums[MOST_FEW / MOST_WIDTH][2][HEIGHT][MOST_WIDTH];
+    memset(sums, 0, (p->tokens + MOST_WIDTH - 1) / MOST_WIDTH * sizeof sums[0]);
+    for (int64_t first = 0; first < g->blocks; first += deep)
+        for (int half = 0; half < 2; half++) {
+            lines *rows = both + half;
+            const uint8_t *bytes[HEIGHT];
+            const int64_t blocks = min(deep, g->blocks - first), at = stored(kind, first * BLOCK);
+            for (int64_t b = 0; b < blocks; b++) {
+                const int64_t size = stored(kind, BLOCK);
+                if (kind < Q8_0) reach(HEIGHT, rows, at + b * size, size, g->row_bytes);
+                for (int r = 0; r < HEIGHT; r++)
+                    if (raw) {
+                        for (int64_t i = 0; i < size; i += 64) FETCH(rows->bytes[r] + at + b * size + i);
+                    } else {
+                        const chunk c = expand(kind, 0, p->w, rows, r, first + b);
+                        memcpy(w + (r * DEEP + b) * PARTS, &c, sizeof c);
+                    }
+            }
+            for (int r = 0; r < HEIGHT; r++) bytes[r] = rows->bytes[r] + at;
+            for (int64_t t = 0; t < p->tokens; t += ABREAST) {
+                const char *x = p->x + t * p->stride + first * PARTS * VECTOR;
+                lanes (*own)[MOST_WIDTH] = (lanes(*)[MOST_WIDTH])&sums[t / MOST_WIDTH][half][0][t % MOST_WIDTH];
+                (raw ? of_bfloat16 : of_floats)(bytes, w, blocks, x, p->stride, own);
+            }
+        }
+    for (int64_t t = 0; t < p->tokens; t += MOST_WIDTH)
+        for (int half = 0; half < 2 && half * HEIGHT < g->count; half++)
+            store(kind, HEIGHT, MOST_WIDTH, p, sums[t / MOST_WIDTH][half], g, half * HEIGHT, t);
+}
+#endif
+
 INLINE void tile(enum kind kind, enum arithmetic how, int height, int width, const product *p, const group *g,
                  int64_t r0, int64_t token) {
 #ifdef WHOLE_NUMBERS
@@ -447,6 +540,9 @@ INLINE int64_t height_of(enum kind kind, enum arithmetic how, int64_t tokens) {
 #ifdef WIDE
     if (tokens == 1 && how == WIDENED && (kind == DENSE || kind == FLOATS)) return MOST_HEIGHT;
 #endif
+#ifndef WIDE
+    if (tokens > 1) return MOST_HEIGHT;
+#endif
     return HEIGHT;
 }
 
@@ -470,6 +566,10 @@ INLINE void rows_of(enum kind kind, enum arithmetic how, const product *p, group
     }
     if (tokens == 1)
         tile(kind, how, height_of(kind, how, 1), 1, p, g, 0, 0);
+#ifndef WIDE
+    else
+        all_tokens(kind, p, g);
+#else
     else if (tokens == 2)
         tile(kind, how, HEIGHT, 2, p, g, 0, 0);
     else if (kind >= Q8_0 || (tokens > MOST_WIDTH && MOST_WIDTH > WIDTH)) /* x no longer fits the first cache */
@@ -481,6 +581,7 @@ INLINE void rows_of(enum kind kind, enum arithmetic how, const product *p, group
                     tile(kind, how, 2, MOST_WIDTH, p, g, r, token);
                 else
                     tile(kind, how, 2, WIDTH, p, g, r, token);
+#endif
 }
 
 /* A function each, so that kind and arithmetic are constants in it. */
@@ -538,10 +639,10 @@ meeting meet(enum kind kind, int64_t columns, int x_half, int64_t tokens) {
 #endif
 #ifdef WIDE
     if (nibbles) m.order = m.how == WHOLE ? NIBBLES : LONG_NIBBLES;
-    if (kind == DENSE && m.how == WIDENED) m.order = EVENS;
 #else
     if (nibbles) m.order = SPLIT;
 #endif
+    if (kind == DENSE && m.how == WIDENED && VECTOR > 16) m.order = EVENS;
     const int64_t blocks = (columns + BLOCK - 1) / BLOCK, padded = (tokens + MOST_WIDTH - 1) / MOST_WIDTH * MOST_WIDTH;
     m.stride = even(blocks) * BLOCK * (m.how == WIDENED ? 4 : 2);
     if (m.how == WHOLE) m.stride += (even(blocks) * 2 + 63) / 64 * 64; /* a scale for each pair of blocks */

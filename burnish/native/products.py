@@ -159,12 +159,13 @@ def ready() -> ctypes.CDLL:
 def _load(extra: Sequence[str] = ()) -> ctypes.CDLL | None:
     """The library built with `extra` flags; None where it cannot be had."""
     folder = Path(__file__).parent
-    sources = [folder / f"{name}.c" for name in ("products", "gemm", "expand", "decode", "grouped", "gguf")]
+    sources = [folder / f"{name}.c" for name in ("products", "gemm", "expand", "decode", "paged", "grouped", "gguf")]
     found = build.load(sources, extra)
     if found is not None:
         pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         found.matmul.argtypes = [ctypes.c_char_p]
         found.decode.argtypes = [pointer, pointer, count, pointer]
+        found.paged_attention.argtypes = [ctypes.c_char_p]
         found.read_memory.argtypes, found.read_memory.restype = [pointer, count, flag], count
         found.nf4_dequantize.argtypes = [*[pointer] * 6, count, pointer, flag, flag]
         found.int8_dequantize.argtypes = [pointer, pointer, count, count, pointer, flag, flag]
@@ -172,6 +173,6 @@ def _load(extra: Sequence[str] = ()) -> ctypes.CDLL | None:
         found.gguf_dequantize.argtypes = [flag, pointer, count, pointer, flag, flag]
         found.gguf_quantize.restype = found.gguf_dequantize.restype = None
         found.grouped_dequantize.argtypes = [*[pointer] * 6, *[count] * 4, pointer, flag, flag]
-        found.matmul.restype = found.decode.restype = flag
+        found.matmul.restype = found.decode.restype = found.paged_attention.restype = flag
         found.nf4_dequantize.restype = found.int8_dequantize.restype = found.grouped_dequantize.restype = None
     return found

@@ -39,7 +39,7 @@
 #define BLOCK 64
 #define PARTS (4 * BLOCK / VECTOR)
 #define HEIGHT 4 /* rows and tokens worked on at once, so that the sums fit the registers: 4 by 2, 2 by 4 or MOST_WIDTH */
-#define MOST_HEIGHT 8 /* of one token */
+#define MOST_HEIGHT 8 /* of one token; without AVX-512 of several, HEIGHT after HEIGHT */
 #define WIDTH 4
 #define MOST_REST 128 /* bytes of a row read at once */
 #define UNIT 128 /* rows dealt out to a thread at a time */

@@ -26,9 +26,10 @@ from burnish.model.cache import KVCache
 from burnish.model.linear import Linear
 from burnish.model.network import Network
 from burnish.model.norm import CentredNorm, Norm
+from burnish.model.pages import Step
 from burnish.model.spec import Spec
 from burnish.model.transformer import MLP, Layer, Transformer
-from burnish.native import decode, products
+from burnish.native import decode, paged, products
 from burnish.place.tensor_parallel import Summed
 
 MOST_ROWS = products.FEW_TOKENS
@@ -36,25 +37,29 @@ LONG = 64  # tokens of a prompt for which building the kernels pays
 
 
 @contextmanager
-def fused(net: Network, prompt: int = 0) -> Iterator[None]:
+def fused(net: Network, prompt: int = 0, stepper: Stepper | None = None) -> Iterator[None]:
     """Run by the fast path inside the block, where there is one for this network, prompts of up to `prompt` tokens.
 
-    Weights must not change in it.
+    Weights must not change in it, nor since `stepper` was made, if one is given.
     """
-    stepper, device = None, net.embed_tokens.weight.device
-    free = isinstance(net, Transformer) and net.run_layers is None
-    if free and products.usable(device, net.dtype):
-        stepper = Stepper(net)  # type: ignore[arg-type]
-    with training.fused(net) if prompt >= LONG and device.type == "cpu" else nullcontext():
-        if stepper is None or not any(stepper.known):
+    stepper = stepper or stepper_of(net)
+    with training.fused(net) if prompt >= LONG and net.embed_tokens.weight.device.type == "cpu" else nullcontext():
+        if stepper is None or stepper.net.run_layers is not None:
             yield
             return
-        assert isinstance(net, Transformer)
-        net.run_layers = stepper
+        stepper.net.run_layers = stepper
         try:
             yield
         finally:
-            net.run_layers = None
+            stepper.net.run_layers = None
+
+
+def stepper_of(net: Network) -> Stepper | None:
+    """The fast path through a network as it is now; None where there is none."""
+    if not isinstance(net, Transformer) or not products.usable(net.embed_tokens.weight.device, net.dtype):
+        return None
+    stepper = Stepper(net)
+    return stepper if any(stepper.known) else None
 
 
 class Stepper:
@@ -70,21 +75,18 @@ class Stepper:
 
     def __call__(self, x: Tensor, frames: Sequence[Frame]) -> Tensor | None:
         """x (rows, hidden) before the layers -> after them."""
-        frame, cache = frames[0], frames[0].cache
-        if type(cache) is not KVCache or frame.length != 1 or frame.prefix is not None or frame.real is not None:
-            return None
-        if len(x) > MOST_ROWS or torch.is_grad_enabled() or cache.keys[0].dtype not in products.DTYPES:
+        held = held_of(frames[0])
+        if held is None or len(x) > MOST_ROWS or torch.is_grad_enabled():
             return None
         runs = groupby(range(len(self.known)), key=lambda index: (self.way(index), id(frames[index])))
         for (way, _), run in runs:
             indices = list(run)
             own = frames[indices[0]]
-            rotary = None if own.rotary is None else tuple(part[:, 0, 0] for part in own.rotary)
-            mask = own.mask
+            rotary = None if own.rotary is None else tuple(part.reshape(len(x), -1) for part in own.rotary)
+            mask = own.parts[0].mask if own.parts else own.mask
             if mask is not None:
                 mask = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, :, 0]
-            rest: dict[str, Any] = {"keys": cache.keys, "values": cache.values, "length": cache.length}
-            rest |= {"rotary": rotary, "mask": mask}
+            rest: dict[str, Any] = {"held": held, "rotary": rotary, "mask": mask}
             if way == "fused":
                 x = self.layers.run(range(indices[0], indices[-1] + 1), x, **rest)
                 continue
@@ -113,6 +115,21 @@ class Stepper:
         return (wide + down.total(self.layers.run(one, x, **rest, part=decode.FEED_FORWARD))).to(x.dtype)
 
 
+def held_of(frame: Frame) -> decode.Held | None:
+    """What the rows of a frame attend to; None where they have not one token each, or do not only know a cache."""
+    cache = frame.cache
+    if isinstance(cache, Step):
+        view = cache.views[0]
+        if len(cache.views) > 1 or view.new > 1:
+            return None
+        pages = view.pages
+        scales = None if pages.scales is None else (pages.scales[0], pages.scales[1])
+        return decode.Held(pages.stored[0], pages.stored[1], view.length, view.slots, scales)
+    if type(cache) is not KVCache or frame.length != 1 or frame.prefix is not None or frame.real is not None:
+        return None
+    return decode.Held(cache.keys, cache.values, cache.length) if cache.keys[0].dtype in products.DTYPES else None
+
+
 def shape_of(spec: Spec, inner: int) -> decode.Shape:
     rotated = int(spec.head_dim * spec.rotary_share) if spec.positions == "rotary" else 0
     sizes = (spec.hidden_size, spec.num_heads, spec.num_kv_heads, spec.head_dim, inner)
@@ -133,7 +150,7 @@ def describe(layer: nn.Module) -> tuple[dict[str, decode.Matrix], dict[str, deco
         return None
     if spec.post_norm or spec.attention_softcap or (split and spec.sandwich_norm):
         return None
-    if spec.head_dim > decode.MOST_HEAD_SIZE:
+    if spec.head_dim > paged.MOST_SIZE:
         return None
     named: dict[str, Any] = {
         "q": attention.qkv_proj if spec.fused_qkv else attention.q_proj,

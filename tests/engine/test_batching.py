@@ -22,7 +22,7 @@ from burnish.engine.decoding import GenerationConfig
 from burnish.engine.generate import generate
 from burnish.model.example import IGNORE, Example
 from burnish.model.pages import Pages, Step, View, quantize
-from burnish.native import paged
+from burnish.native import paged, products
 from burnish.store.checkpoint import save
 
 SOAK = int(os.environ.get("BURNISH_SOAK", "200"))  # random requests; 2000 take a minute or two
@@ -88,7 +88,7 @@ def test_every_family_and_technique(root, family, chain):
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
 def test_without_the_kernel(root, family, monkeypatch):
     model = load(root, family)
-    assert paged.library() is None or paged.takes(torch.zeros(1, 2, model.spec.head_dim))
+    assert products.library() is None or paged.takes(torch.zeros(1, 2, model.spec.head_dim))
     monkeypatch.setattr(paged, "takes", lambda q: False)
     pool = batcher(model)
     requests = [pool.submit(text, LONG) for text in PROMPTS]
