@@ -67,7 +67,7 @@ def _built(tool: str, sources: Sequence[Path], extra: Sequence[str], folder: Pat
             files = [word for source in sources for word in ("-x", "c", str(source))]  # g++ forgets -x
             command = [tool, *FLAGS, *extra, *parallel, "-o", str(made), *files]
             try:
-                subprocess.run(command, check=True, capture_output=True, timeout=120)
+                subprocess.run(command, check=True, capture_output=True, timeout=600)
                 break
             except subprocess.SubprocessError:
                 if index == len(BUILDS) - 1:
