@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,21 @@ def clock(device: torch.device | str = "cpu") -> float:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def fetched(x: torch.Tensor) -> Callable[[], list[Any]]:
+    """Begin to bring numbers to the host; the function that it gives waits for them, not for what is sent to the device
+    meanwhile."""
+    if x.device.type != "cuda":
+        return x.tolist
+    copy = x.to("cpu", non_blocking=True)  # pinned
+    event = torch.cuda.current_stream(x.device).record_event()
+
+    def arrive() -> list[Any]:
+        event.synchronize()
+        return copy.tolist()
+
+    return arrive
 
 
 def resident_memory() -> int:

@@ -84,6 +84,7 @@ class FourBit(Weight):
     double quantisation `absmax` uint8 codes, `absmax2` float32 per 256 of them, and `offset` their mean."""
 
     LEVELS: ClassVar[tuple[float, ...]]
+    kept: tuple[Tensor, Tensor] | None = None
     packed: Tensor
     absmax: Tensor
     absmax2: Tensor
@@ -131,12 +132,20 @@ class FourBit(Weight):
             tensors |= {"absmax2": torch.empty(-(-constants // CONSTANT_BLOCK)), "offset": torch.empty(())}
         return cls((rows, columns), tensors)
 
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """A byte's levels, as `pairs`, and the `dynamic_map`, where the weights are; kept here, where torch.compile
+        finds them."""
+        device = self.packed.device
+        if self.kept is None or self.kept[0].device != device:
+            self.kept = pairs(self.LEVELS, device), dynamic_map().to(device)
+        return self.kept
+
     def constants(self) -> Tensor:
         """(blocks,) float32 absolute maxima."""
         if self.absmax.dtype != torch.uint8:
             return self.absmax
         groups = blocks(self.absmax, CONSTANT_BLOCK).long()
-        wide = dynamic_map().to(self.absmax.device)[groups] * self.absmax2[:, None]
+        wide = self.tables()[1][groups] * self.absmax2[:, None]
         return wide.view(-1)[: len(self.absmax)] + self.offset
 
     def dequantize(self) -> Tensor:
@@ -146,7 +155,7 @@ class FourBit(Weight):
         if products.usable(self.packed.device, dtype):
             return products.nf4_dequantize(self.shape, dtype, *self._stored())
         count = self.shape[0] * self.shape[1]
-        wide = F.embedding(self.packed.int(), pairs(self.LEVELS, self.packed.device)).view(-1)[:count]
+        wide = F.embedding(self.packed.int(), self.tables()[0]).view(-1)[:count]
         wide = blocks(wide, BLOCK) * self.constants()[:, None]
         return wide.view(-1)[:count].view(self.shape).to(dtype)
 

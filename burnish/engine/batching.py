@@ -321,7 +321,7 @@ class Batcher:
         if self.model.adapters is not None:
             batch["adapter_ids"] = torch.tensor(adapters, device=device)
         fast = all(request.chooser.config.fused for request in feeds)
-        with fused(self.model.net, len(ids), self.stepper) if fast else nullcontext():
+        with fused(self.model.net, len(ids), stepper=self.stepper) if fast else nullcontext():
             states = chain.forward(self.model, batch, Step(views))[0]
         return states[[end - 1 for end in itertools.accumulate(feeds.values())]]
 

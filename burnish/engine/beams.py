@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from burnish import chain
 from burnish.chain import Model
 from burnish.engine.chooser import Chooser
 from burnish.engine.decoding import GenerationConfig
-from burnish.engine.reply import Ends, Piece, Row, begin, routes
+from burnish.engine.reply import Ends, Piece, Row, after, begin, routes
 
 UNLIKELY = -1e9  # of beams that are not begun yet
 
@@ -57,7 +56,7 @@ class Group:
 
 def beam_search(model: Model, rows: list[Row], config: GenerationConfig, ends: Ends) -> Iterator[Piece]:
     """The likeliest reply of every row, token by token, once all are found."""
-    net, choose = model.net, Chooser(model, config, ends)
+    choose = Chooser(model, config, ends)
     beams, size = config.num_beams, config.num_beams // config.num_beam_groups
     begun = [0.0] + [UNLIKELY] * (size - 1)
     found = [[Group(list(begun), [[] for _ in begun]) for _ in range(config.num_beam_groups)] for _ in rows]
@@ -65,7 +64,7 @@ def beam_search(model: Model, rows: list[Row], config: GenerationConfig, ends: E
     width = max(2, 1 + len(ends)) * size
     batch, cache = begin(model, rows, config.max_new_tokens - 1)
     for step in range(config.max_new_tokens):
-        logs = net.logits(chain.forward(model, batch, cache)[:, -1]).float().log_softmax(dim=-1)
+        logs = after(model, batch, cache).float().log_softmax(dim=-1)
         if step == 0:
             copies = torch.arange(len(rows), device=model.device).repeat_interleave(beams)
             logs = logs[copies]

@@ -21,6 +21,14 @@ def first_id(model: Model) -> int | None:
     return model.generation_config.get(name, model.hf_config.get(name)) if model.spec.paired else None
 
 
+def not_numbers(row: Row, step: int) -> UserError:
+    """That a model gives a row NaN for token number `step` of its reply."""
+    return UserError(
+        f"prompt {row.index + 1}: the model's logits are not numbers (NaN) at token {step + 1}"
+        " of the reply; its weights are broken, or overflow: load it in bf16 or fp32 (--dtype fp32)"
+    )
+
+
 class Chooser:
     """Choices for rows that may leave or change places; a row's are apart from the others'."""
 
@@ -32,6 +40,13 @@ class Chooser:
             self.guide = Guide(model, config.choices, config.json_schema, sorted(ends))
         self.eos = [token for token, reason in ends.items() if reason == "eos"]
 
+    def likeliest(self, step: int) -> bool:
+        """Whether token number `step` of a reply is the likeliest as the model has it."""
+        config = self.config
+        changes = (config.presence_penalty, config.frequency_penalty, config.no_repeat_ngram_size, self.guide)
+        free = config.repetition_penalty == 1 and not config.do_sample and not any(changes)
+        return free and 0 < step >= config.min_new_tokens
+
     def scores(self, logits: Tensor, rows: Sequence[Row], texts: Sequence[list[int]], step: int) -> Tensor:
         """logits (B, V) in float32 after penalties and bans, for token number `step` of the rows' replies `texts`.
 
@@ -40,10 +55,7 @@ class Chooser:
         config = self.config
         broken = logits.isnan().any(dim=1).nonzero()
         if len(broken):
-            raise UserError(
-                f"prompt {rows[int(broken[0])].index + 1}: the model's logits are not numbers (NaN) at token {step + 1}"
-                " of the reply; its weights are broken, or overflow: load it in bf16 or fp32 (--dtype fp32)"
-            )
+            raise not_numbers(rows[int(broken[0])], step)
         if config.repetition_penalty != 1:
             seen = self.counted(logits, [[*row.past, *text] for row, text in zip(rows, texts, strict=True)])
             logits = sampling.repetition_penalty(logits, seen > 0, config.repetition_penalty)

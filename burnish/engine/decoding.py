@@ -74,7 +74,9 @@ class GenerationConfig:
     stop_token_ids: list[int] = field(default_factory=list, metadata={"help": "tokens that end the reply"})
     seed: int = _field(0, "seed of the draws")
     batch_size: int = _field(16, "prompts continued at once")
-    fused: bool = _field(True, "decode through whole layers at once in C, where the processor and the model allow it")
+    fused: bool = _field(
+        True, "decode on the fast path, whole layers in C or CUDA graphs, where device and model allow it"
+    )
 
     def __post_init__(self) -> None:
         for name, least in AT_LEAST.items():

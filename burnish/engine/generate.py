@@ -1,7 +1,8 @@
 """The generation engine: prompts in, tokens and text out, in batches over a key-value cache.
 
 `stream` deals prompts out to a loop, `generate` collects it. The plain loop is here: a batch is padded on the left,
-prefilled in one forward, and then advances one token a row and step. Rows that have ended stay in the batch until half
+prefilled in one forward, and then advances one token a row and step, on a GPU's fast path before the host has read
+the token. Rows that have ended stay in the batch until half
 of it has, and are then dropped from the cache, so that all the copying together moves the cache about once. Beam
 search, contrastive search and speculation are loops of their own. None knows a technique: what a technique adds comes
 through the hooks of `burnish.chain`.
@@ -16,16 +17,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from burnish import chain
 from burnish.chain import Model
 from burnish.config import UserError
+from burnish.device import fetched
 from burnish.engine.beams import beam_search
-from burnish.engine.chooser import Chooser
+from burnish.engine.chooser import Chooser, not_numbers
 from burnish.engine.contrastive import contrastive_search
 from burnish.engine.decoding import GenerationConfig
 from burnish.engine.order import encode
-from burnish.engine.reply import Ends, Generation, Piece, Row, batch_of, begin, ends_of, routes
+from burnish.engine.reply import Ends, Generation, Piece, Row, after, batch_of, begin, ends_of, routes
 from burnish.engine.speculation import speculate
 from burnish.model.example import IGNORE, Example
 from burnish.place.fused import fused
@@ -171,7 +173,8 @@ def _run(model: Model, groups: Sequence[list[Row]], config: GenerationConfig, en
     model.net.eval()
     try:
         longest = max((len(row.example.ids) for group in groups for row in group), default=0)
-        with fused(model.net, longest) if config.fused else nullcontext():
+        steps = config.max_new_tokens * len(groups)
+        with fused(model.net, longest, steps) if config.fused else nullcontext():
             for group in groups:
                 yield from _loop(config)(model, group, config, ends)
     finally:
@@ -180,16 +183,25 @@ def _run(model: Model, groups: Sequence[list[Row]], config: GenerationConfig, en
 
 def _advance(model: Model, rows: list[Row], config: GenerationConfig, ends: Ends) -> Iterator[Piece]:
     """Prefill, then one token a row and step until every row is done."""
-    net, choose = model.net, Chooser(model, config, ends)
+    choose, advance = Chooser(model, config, ends), model.net.step
     batch, cache = begin(model, rows, config.max_new_tokens - 1)  # the last token is not fed
+    ahead: Tensor | None = None
     for step in range(config.max_new_tokens):
-        tokens = choose(net.logits(chain.forward(model, batch, cache)[:, -1]), rows, step)
-        yield from [row.push(token, ends) for row, token in zip(rows, tokens.tolist(), strict=True) if not row.done]
+        tokens = choose(after(model, batch, cache), rows, step) if ahead is None else ahead
+        arrive, ahead = fetched(tokens), None
+        if advance is not None and step + 1 < config.max_new_tokens and choose.likeliest(step + 1):
+            found = advance(tokens[:, None], cache)  # while the host reads these tokens
+            ahead = found and found.tokens
+        numbers = arrive()
+        if (broken := next((row for row, token in zip(rows, numbers, strict=True) if token < 0), None)) is not None:
+            raise not_numbers(broken, step)
+        yield from [row.push(token, ends) for row, token in zip(rows, numbers, strict=True) if not row.done]
         active = [i for i, row in enumerate(rows) if not row.done]
         if not active:
             return
         if 2 * len(active) <= len(rows):
             kept = torch.tensor(active, device=model.device)
             rows, tokens = [rows[i] for i in active], tokens[kept]
+            ahead = None if ahead is None else ahead[kept]
             cache.select(kept)
         batch = {"input_ids": tokens[:, None], **routes(model, rows)}

@@ -102,6 +102,13 @@ def begin(model: Model, rows: Sequence[Row], room: int) -> tuple[dict[str, Tenso
     return batch, model.net.new_cache(len(rows), prefix + batch["input_ids"].shape[1] + room)
 
 
+def after(model: Model, batch: Mapping[str, Tensor], cache: KVCache) -> Tensor:
+    """Logits (B, V) of what follows each row of a batch, which the cache then holds; good until the next step."""
+    step = model.net.step
+    found = step(batch["input_ids"], cache) if step is not None and len(batch) == 1 else None
+    return model.net.logits(chain.forward(model, batch, cache)[:, -1]) if found is None else found.logits
+
+
 def eos_ids(model: Model) -> set[int]:
     """The ids that end a text: the tokenizer's, and those of the generation config."""
     listed = model.generation_config.get("eos_token_id")

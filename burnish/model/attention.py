@@ -105,14 +105,12 @@ def visibility(
         if length == 1 and not cache.holes:  # type: ignore[union-attr]
             return None, False
 
-    steps = torch.arange(length, device=device)
     if cache is not None:
-        slots = torch.arange(cache.length, device=device)
-        steps = steps + cache.length - length
+        slots, steps = torch.arange(cache.length, device=device), cache.newest(length)
         seen = cache.valid[:, None, : cache.length].expand(batch, length, -1)
         key_positions = cache.positions[:, : cache.length]
     else:
-        slots = steps
+        slots = steps = torch.arange(length, device=device)
         seen = torch.ones(batch, length, length, dtype=torch.bool, device=device)
         if valid is not None:
             seen = seen & valid[:, None, :]

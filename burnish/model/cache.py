@@ -89,6 +89,10 @@ class KVCache:
         """(B, T) the positions of new tokens, which `positions` (B, T) counts from 0."""
         return positions + self.next_positions()[:, None] if self.length else positions
 
+    def newest(self, count: int) -> Tensor:
+        """(count,) the slots of the last tokens."""
+        return torch.arange(self.length - count, self.length, device=self.valid.device)
+
     def of_prefix(self) -> Tensor:
         """bool, to broadcast against (B, length): the slots that hold a prefix."""
         return torch.arange(self.length, device=self.valid.device)[None] < self.prefix

@@ -36,6 +36,16 @@ def arithmetic(x: Tensor) -> torch.dtype:
     return torch.float32 if narrow else x.dtype
 
 
+def plain_product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """x (tokens, in) -> x @ matrix.T + bias, all of one dtype.
+
+    torch.compile draws the expansion of a matrix into its product with one token, where the bias is added apart.
+    """
+    if bias is not None and torch.compiler.is_compiling() and len(x) == 1:
+        return F.linear(x, matrix) + bias
+    return F.linear(x, matrix, bias)
+
+
 def rounded_product(
     x: Tensor, width: int, expand: Callable[[torch.dtype], Tensor], bias: Tensor | None = None
 ) -> Tensor:
@@ -101,12 +111,13 @@ class Weight(nn.Module):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`matmul` without gradients."""
-        if x.device.type == "cpu" and (stored := self.as_stored()) is not None and products.fits(x, stored[0]):
+        native = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if native and (stored := self.as_stored()) is not None and products.fits(x, stored[0]):
             return products.matmul(stored[0], x, bias, self.shape, stored[1])
-        if x.device.type == "cpu" and arithmetic(x) in products.DTYPES and self.in_pieces:
+        if native and arithmetic(x) in products.DTYPES and self.in_pieces:
             return by_pieces(x, self, bias)
         if arithmetic(x) == x.dtype:
-            return F.linear(x, self.dequantize_to(x.dtype), None if bias is None else bias.to(x.dtype))
+            return plain_product(x, self.dequantize_to(x.dtype), None if bias is None else bias.to(x.dtype))
         return rounded_product(x, self.shape[0], lambda kind: self.dequantize_to(kind).t(), bias)
 
     def matmul_transposed(self, grad: Tensor) -> Tensor:
@@ -180,10 +191,10 @@ class Dense(Weight):
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         kind, frozen = arithmetic(x), not (self.dense.requires_grad and torch.is_grad_enabled())
-        few = kind == torch.bfloat16 and len(x) <= products.FEW_DENSE_TOKENS
+        few = kind == torch.bfloat16 and x.device.type == "cpu" and len(x) <= products.FEW_DENSE_TOKENS
         if frozen and (few or kind != self.dense.dtype):
             return super().matmul(x, bias)  # which keeps no copy in `kind` for the backward pass
-        return F.linear(x.to(kind), self.dense.to(kind), None if bias is None else bias.to(kind)).to(x.dtype)
+        return plain_product(x.to(kind), self.dense.to(kind), None if bias is None else bias.to(kind)).to(x.dtype)
 
     def dequantize(self) -> Tensor:
         return self.dense

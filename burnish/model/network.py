@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,8 @@ class Network(nn.Module):
     """Hidden states by `forward`, logits by `logits`; techniques change it from outside.
 
     Each of `body` begins the paths of the layers' projections. `fixed` says why techniques do not apply, if so, and
-    `runs_only` why nothing can be made of it but answers.
+    `runs_only` why nothing can be made of it but answers. `step(ids, cache)`, where a placement gives one, takes the
+    last tokens (B, 1) of rows one step on, or gives None: see `place/graphed.py`.
     """
 
     spec: Spec
@@ -52,6 +53,7 @@ class Network(nn.Module):
     compute_dtype: torch.dtype | None
     gradient_checkpointing: bool
     pattern: Pattern | None = None
+    step: Callable[[Tensor, KVCache], Any] | None = None
     if TYPE_CHECKING:
         embed_tokens: nn.Embedding
         layers: nn.ModuleList

@@ -47,7 +47,7 @@ def inverse_frequencies(spec: Spec, device: torch.device | None = None, local: b
     if kind == "linear":
         return frequencies / factor
     if kind == "yarn":
-        kept = yarn_share(spec, scaling, size).to(device)
+        kept = yarn_share(spec, scaling, size, device)
         return frequencies * (kept + (1 - kept) / factor)
     original = float(scaling["original_max_position_embeddings"])
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
@@ -56,7 +56,7 @@ def inverse_frequencies(spec: Spec, device: torch.device | None = None, local: b
     return frequencies * (blend + (1 - blend) / factor)
 
 
-def yarn_share(spec: Spec, scaling: dict[str, Any], size: int) -> Tensor:
+def yarn_share(spec: Spec, scaling: dict[str, Any], size: int, device: torch.device | None) -> Tensor:
     """(size / 2,) how much of each frequency stays: all of those that turn more than `beta_fast` times over the
     original context, nothing of those that turn less than `beta_slow` times, a ramp by dimension in between."""
     original = float(scaling.get("original_max_position_embeddings") or spec.max_positions)
@@ -68,7 +68,7 @@ def yarn_share(spec: Spec, scaling: dict[str, Any], size: int) -> Tensor:
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
-    ramp = (torch.arange(size // 2, dtype=torch.float32) - low) / (high - low or 0.001)
+    ramp = (torch.arange(size // 2, dtype=torch.float32, device=device) - low) / (high - low or 0.001)
     return 1 - ramp.clamp(0, 1)
 
 
@@ -107,12 +107,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def alibi_slopes(heads: int) -> Tensor:
+def alibi_slopes(heads: int, device: torch.device | None = None) -> Tensor:
     """(heads,) slopes 2^(-8i/n); for a head count n that is no power of two, BLOOM's interleaving (section 3)."""
     closest = 2 ** math.floor(math.log2(heads))
-    slopes = [2.0 ** (-8.0 * i / closest) for i in range(1, closest + 1)]
-    slopes += [2.0 ** (-4.0 * i / closest) for i in range(1, 2 * (heads - closest), 2)]
-    return torch.tensor(slopes)
+    first = torch.arange(1, closest + 1, dtype=torch.float64, device=device) * (-8.0 / closest)
+    between = torch.arange(1, 2 * (heads - closest), 2, dtype=torch.float64, device=device) * (-4.0 / closest)
+    return torch.cat((first, between)).exp2().float()
 
 
 def relative_buckets(spec: Spec, distance: Tensor) -> Tensor:

@@ -200,8 +200,8 @@ class Transformer(Network):
         if self.spec.positions == "relative":
             return self.relative_bias.weight
         if self.spec.positions == "alibi":
-            slopes = self.spec.alibi_scale * alibi_slopes(self.spec.num_heads)[self.heads]
-            return slopes.to(self.embed_tokens.weight.device)
+            slopes = alibi_slopes(self.spec.num_heads, self.embed_tokens.weight.device)
+            return self.spec.alibi_scale * slopes[self.heads]
         return None
 
     @torch.no_grad()
@@ -239,6 +239,34 @@ class Transformer(Network):
         on from the cache or the prefix. segment_ids (B, T): documents of a packed row. `cache` is written in place.
         source: what an encoder-decoder's layers attend to.
         """
+        given = (input_ids, inputs_embeds, attention_mask, position_ids, segment_ids, token_type_ids)
+        x, frames = self.enter(*given, cache, prefix, source)
+        frame = frames[0]
+        ran = None if self.run_layers is None else self.run_layers(x, frames)
+        if ran is not None:
+            x, frames = ran, []
+        for layer, own in zip(self.layers, frames, strict=False):
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, own, use_reentrant=False)
+            else:
+                x = layer(x, own)
+        if self.norm is not None:
+            x = self.norm(x)
+        return frame.rows(x)
+
+    def enter(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        prefix: Prefix | None = None,
+        source: Any = None,
+    ) -> tuple[Tensor, list[Frame]]:
+        """What the layers begin with, x (N, hidden), and the frame of each. Arguments as `forward`'s."""
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.to(self.dtype)  # type: ignore[arg-type]
         batch, length, _ = x.shape
         valid = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
@@ -276,17 +304,7 @@ class Transformer(Network):
         x = frame.flat(x)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        ran = None if self.run_layers is None else self.run_layers(x, frames)
-        if ran is not None:
-            x, frames = ran, []
-        for layer, own in zip(self.layers, frames, strict=False):
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, own, use_reentrant=False)
-            else:
-                x = layer(x, own)
-        if self.norm is not None:
-            x = self.norm(x)
-        return frame.rows(x)
+        return x, frames
 
     def near(self, frame: Frame, positions: Tensor, dtype: torch.dtype) -> Frame:
         """The frame of the sliding layers, from that of the others."""

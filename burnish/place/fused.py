@@ -1,10 +1,10 @@
-"""The fast path of decoding on a CPU: steps of one token a row through whole layers in C (`native/decode.c`).
+"""The fast path of decoding: steps of one token a row, on a GPU as one graph (`graphed.py`), on a CPU in C.
 
 A step is bound by the bytes of the weights. Run as modules, a layer is a dozen calls with the machine idle between
-them; fused, its norms, projections, rotation, attention, activation and residuals are one loop of one team of threads.
-`fused` puts it before a network's layers and takes it away again; nothing of the network changes. Layers that it does
-not know (a wrapped projection, a norm behind the sum, a hook) run as they are, between those that it knows. A longer
-prompt takes the kernels of a training step between its products.
+them; fused, by `native/decode.c`, its norms, projections, rotation, attention, activation and residuals are one loop
+of one team of threads. `fused` puts it before a network's layers and takes it away again; nothing of the network
+changes. Layers that it does not know (a wrapped projection, a norm behind the sum, a hook) run as they are, between
+those that it knows. A longer prompt takes the kernels of a training step between its products.
 
 Over ranks that each have a part of every matrix, a layer is run in its two halves, with the sum over the ranks behind
 each. Activations are float32 within a step, whatever dtype the network computes in.
@@ -32,18 +32,27 @@ from burnish.model.transformer import MLP, Layer, Transformer
 from burnish.native import decode, paged, products
 from burnish.place.tensor_parallel import Summed
 
+GRAPHED = ("cuda",)  # devices that take a step as one graph
 MOST_ROWS = products.FEW_TOKENS
 LONG = 64  # tokens of a prompt for which building the kernels pays
 
 
 @contextmanager
-def fused(net: Network, prompt: int = 0, stepper: Stepper | None = None) -> Iterator[None]:
-    """Run by the fast path inside the block, where there is one for this network, prompts of up to `prompt` tokens.
+def fused(net: Network, prompt: int = 0, steps: int = 0, stepper: Stepper | None = None) -> Iterator[None]:
+    """Run by the fast path inside the block, where there is one for this network, prompts of up to `prompt` tokens and
+    about so many steps of a `KVCache`.
 
     Weights must not change in it, nor since `stepper` was made, if one is given.
     """
+    device = net.embed_tokens.weight.device
+    if steps and device.type in GRAPHED:
+        from burnish.place.graphed import graphed
+
+        with graphed(net, steps):
+            yield
+        return
     stepper = stepper or stepper_of(net)
-    with training.fused(net) if prompt >= LONG and net.embed_tokens.weight.device.type == "cpu" else nullcontext():
+    with training.fused(net) if prompt >= LONG and device.type == "cpu" else nullcontext():
         if stepper is None or stepper.net.run_layers is not None:
             yield
             return

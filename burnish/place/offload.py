@@ -148,6 +148,7 @@ class Offload:
                 unit.job.wait()
             except Exception:
                 self.forget(unit)
+                unit.host = None  # not what the file has
                 raise
             unit.job = None
             if self.side is not None:
@@ -221,6 +222,11 @@ class Offload:
         for unit in self.units:
             if unit.job is not None:
                 unit.job.done.wait()
+                if unit.job.error is not None:
+                    self.forget(unit)
+                    unit.host = None
+        if self.side is not None:  # whoever gets this memory next must not find a copy still writing there
+            torch.cuda.current_stream(self.device).wait_stream(self.side)
         for unit in list(self.spans):
             self.forget(unit)
 
