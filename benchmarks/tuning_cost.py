@@ -2,10 +2,10 @@
 
     python benchmarks/tuning_cost.py --threads 2
 
-The rows are those of recipes/tuning.yaml, on the random Llama of 134 million parameters that comparisons measure cost on:
-4 rows of 128 tokens in bfloat16, all of them trained. Every row runs in a process of its own, once in the recipe's order
-and once backwards; a step is the mean of three after a first one, the faster of both rounds. Memory is the process's
-peak above what it had before loading. Writes results/tuning_cost.json.
+The rows are those of recipes/tuning.yaml, on the random Llama of 134 million parameters that comparisons measure cost
+on: 4 rows of 128 tokens in bfloat16, all of them trained. Every row runs in a process of its own, once in the recipe's
+order and once backwards; a step is the mean of three after a first one, the faster of both rounds. Memory is the
+process's peak above what it had before loading. Writes results/tuning_cost.json.
 """
 
 from __future__ import annotations
