@@ -159,8 +159,8 @@ def cloze(tokenizer: Any, example: Example) -> Example:
 def template(model: Model) -> str:
     """Pseudo tokens around what is asked; an encoder reads them between it and the [MASK], in a sentence's own order.
 
-    The paper's template for BERT, P*3 [MASK] P*3 subject P*3, puts the answer before the subject, where an encoder whose
-    sentences all tell the subject first never read it; docs/results.md has what that costs.
+    The paper's template for BERT, P*3 [MASK] P*3 subject P*3, puts the answer before the subject, where an encoder
+    whose sentences all tell the subject first never read it; docs/results.md has what that costs.
     """
     if model.spec.kind != "encoder":
         return "[P*3] {prompt} [P*3]"
