@@ -3,10 +3,10 @@
     python benchmarks/gptq.py --peer path/to/python
 
 Every row quantises the embedded model anew and is measured on the same held-out text of the made-up world: perplexity,
-and the mean divergence KL(16 bits || row) of the next token, which tells small changes better. `--peer` is the Python
-of an environment with gptqmodel, which quantises the same model on the same rows by the same grids; burnish reads its
-folder and measures it. Calibration is by text as the model knows it, by foreign text and by random tokens. Writes
-results/gptq.json.
+how far it is from the 16-bit model's with the standard error of that difference over the rows, and the mean divergence
+KL(16 bits || row) of the next token, which tells small changes better. `--peer` is the Python of an environment with
+gptqmodel, which quantises the same model on the same rows by the same grids; burnish reads its folder and measures it.
+Calibration is by text as the model knows it, by foreign text and by random tokens. Writes results/gptq.json.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from burnish.compress import calibration
 LENGTH = 256
 PEER = """
 import json, sys, time, torch
-torch.set_num_threads(int(sys.argv[4]))
+torch.set_num_threads(max(2, int(sys.argv[4])))  # it has no fewer workers
 from gptqmodel import GPTQModel, QuantizeConfig
 rows = json.load(open(sys.argv[1]))
 model = GPTQModel.load(burnish_folder, QuantizeConfig(**json.loads(sys.argv[3])))
@@ -60,23 +60,48 @@ def log_probabilities(model: Model, rows: Tensor) -> Tensor:
 
 
 class Judge:
-    """Perplexity and divergence on held-out rows; the base's distributions are kept in 16 bits."""
+    """Perplexity and divergence on held-out rows, each with the standard error over the rows: of a row's mean loss less
+    the base's on the same row, in percent of the perplexity, and of its mean divergence. The base's distributions are
+    kept in 16 bits."""
 
     def __init__(self, rows: Tensor, base: Model):
         self.parts = rows.split(8)
-        self.base = [log_probabilities(base, part).half() for part in self.parts]
+        self.base: list[Tensor] = []
+        self.losses: dict[str, Tensor] = {}  # by name, of every row
+        for part in self.parts:
+            found = log_probabilities(base, part)
+            self.base.append(found.half())
+            self.add("bf16", -found.gather(2, part[:, 1:, None]).mean((1, 2)))
 
-    def __call__(self, model: Model) -> dict[str, float]:
-        loss = divergence = 0.0
+    def add(self, name: str, losses: Tensor) -> None:
+        self.losses[name] = torch.cat([self.losses.get(name, torch.empty(0)), losses])
+
+    def __call__(self, model: Model, name: str = "row") -> dict[str, float]:
+        divergences = []
+        self.losses.pop(name, None)
         for part, known in zip(self.parts, self.base, strict=True):
             found, wide = log_probabilities(model, part), known.float()
-            loss -= float(found.gather(2, part[:, 1:, None]).sum())
-            divergence += float((wide.exp() * (wide - found)).sum())
-        count = sum(part[:, 1:].numel() for part in self.parts)
+            self.add(name, -found.gather(2, part[:, 1:, None]).mean((1, 2)))
+            divergences.append((wide.exp() * (wide - found)).sum(2).mean(1))
+        divergence = torch.cat(divergences)
         return {
-            "perplexity": round(float(torch.tensor(loss / count).exp()), 4),
-            "divergence": round(divergence / count, 5),
+            "perplexity": round(float(self.losses[name].mean().exp()), 4),
+            **self.between(name, "bf16"),
+            "divergence": round(float(divergence.mean()), 5),
+            "divergence_error": round(standard_error(divergence), 5),
         }
+
+    def between(self, name: str, other: str) -> dict[str, float]:
+        """How much higher the perplexity of one is than another's, and the standard error, in percent."""
+        apart = self.losses[name] - self.losses[other]
+        return {
+            "percent": round(100 * float(apart.mean().expm1()), 3),
+            "percent_error": round(100 * standard_error(apart), 3),
+        }
+
+
+def standard_error(x: Tensor) -> float:
+    return float(x.std() / len(x) ** 0.5)
 
 
 def peer(python: str, rows: Tensor, options: dict[str, Any], threads: int) -> tuple[Model, float]:
@@ -96,8 +121,8 @@ def peer(python: str, rows: Tensor, options: dict[str, Any], threads: int) -> tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", default="4,3,2")
-    parser.add_argument("--rows", type=int, default=64, help="of calibration, 256 tokens each")
-    parser.add_argument("--held-out", type=int, default=160, help="rows to measure on")
+    parser.add_argument("--rows", type=int, default=32, help="of calibration, 256 tokens each")
+    parser.add_argument("--held-out", type=int, default=300, help="rows to measure on")
     parser.add_argument("--foreign", type=Path, help="a plain text that the model does not know")
     parser.add_argument("--peer", help="Python of an environment with gptqmodel")
     parser.add_argument("--threads", type=int, default=1)
@@ -114,7 +139,7 @@ def main() -> None:
         ids = model.tokenizer(options.foreign.read_text()[: 8 * options.rows * LENGTH])["input_ids"]
         text["foreign"] = torch.tensor(ids[: options.rows * LENGTH]).view(-1, LENGTH)
     text["random"] = torch.randint(3, model.spec.vocab_size, (options.rows, LENGTH), generator=draw)
-    rows: list[dict[str, Any]] = [{"row": "bf16", **judge(model)}]
+    rows: list[dict[str, Any]] = [{"row": "bf16", **judge(model, "bf16")}]
 
     def measure(name: str, techniques: list[Any], calibrated: str = "matching") -> None:
         data = [calibration.as_batch(model, part) for part in text[calibrated].split(8)]
@@ -122,7 +147,7 @@ def main() -> None:
         start = time.perf_counter()
         chain.apply(fresh, techniques, Context(data))
         seconds = round(time.perf_counter() - start, 1)
-        add({"row": name, "calibration": calibrated, "seconds": seconds, **judge(fresh)})
+        add({"row": name, "calibration": calibrated, "seconds": seconds, **judge(fresh, f"{name}, {calibrated}")})
 
     def add(row: dict[str, Any]) -> None:
         rows.append(row)
@@ -139,7 +164,10 @@ def main() -> None:
             for act in (False, True):
                 theirs, seconds = peer(options.peer, text["matching"], {**form, "desc_act": act}, options.threads)
                 name = f"gptqmodel, {bits} bits{', desc_act' * act}"
-                add({"row": name, "calibration": "matching", "seconds": round(seconds, 1), **judge(theirs)})
+                figures = judge(theirs, f"{name}, matching")
+                add({"row": name, "calibration": "matching", "seconds": round(seconds, 1), **figures})
+                apart = judge.between(f"gptq, {bits} bits, matching", f"{name}, matching")
+                add({"row": f"gptq, {bits} bits, against {name}", **apart})
         for name in list(text)[1:]:
             measure(f"gptq, {bits} bits", [{"gptq": form}], name)
     measure("gptq, 3 bits, ordered groups", [{"gptq": {"bits": 3, "group_size": 128, "static_groups": False}}])

@@ -1,14 +1,17 @@
 """Calibration data, and a model taken layer by layer: what a layer is given by the layers before it, as they are now.
 
-Only one layer's weights need to be in memory beside the data's hidden states: GPTQ (arXiv 2210.17323), section 3.3.
+Only one layer's weights need to be in memory: GPTQ (arXiv 2210.17323), section 3.3. The data's hidden states grow with
+the text and not with the model: on a CPU they wait in a file without a name, and are read a batch at a time.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from io import BufferedRandom
 from itertools import islice
 from typing import Any
 
@@ -33,17 +36,59 @@ class Stop(Exception):
     """Ends a forward pass that has shown what it was run for."""
 
 
+class Away:
+    """A tensor that waits at the end of a file, or, where it is not on a CPU, in memory."""
+
+    def __init__(self, tensor: Tensor, file: BufferedRandom):
+        self.shape, self.file = tensor.shape, file
+        self.start, self.held = file.seek(0, 2), tensor
+        if tensor.device.type == "cpu":
+            self.held = tensor.new_empty(0)
+            try:
+                file.write(as_bytes(tensor.contiguous()))
+            except OSError as error:
+                folder, nbytes = tempfile.gettempdir(), tensor.nbytes
+                raise UserError(
+                    f"{folder}: {nbytes} bytes of calibration states cannot be written: {error.strerror}; name a "
+                    "folder with more room in TMPDIR, or take less text"
+                ) from None
+
+    def back(self) -> Tensor:
+        """In memory of its own, where it was in the file."""
+        if self.held.shape == self.shape:
+            return self.held
+        tensor = self.held.new_empty(self.shape)
+        self.file.seek(self.start)
+        self.file.readinto(as_bytes(tensor))
+        return tensor
+
+
+def scratch() -> BufferedRandom:
+    """A file without a name, which takes no room once nothing refers to it."""
+    return tempfile.TemporaryFile()  # type: ignore[return-value]  # noqa: SIM115  closed with its last reader
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
 @dataclass
 class Call:
     """What a layer is called with for one batch: hidden states, and all else.
 
-    `kept` has what the last projection of an attention or feed-forward reads, so that it is not computed again.
+    `kept` has what the last projection of an attention or feed-forward reads, so that it is not computed again. Both
+    wait in `file`.
     """
 
-    x: Tensor
+    away: Away
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    kept: dict[nn.Module, Tensor] = field(default_factory=dict)
+    file: BufferedRandom
+    kept: dict[nn.Module, Away] = field(default_factory=dict)
+
+    @property
+    def x(self) -> Tensor:
+        return self.away.back()
 
     def run(self, layer: nn.Module) -> Tensor:
         """The layer's hidden states."""
@@ -59,7 +104,7 @@ class Call:
         return out[0] if isinstance(out, tuple) else out
 
     def end(self, linear: nn.Module, *given: Any) -> Tensor:
-        return linear(self.kept[linear])
+        return linear(self.kept[linear].back())
 
 
 def last(part: nn.Module) -> nn.Module | None:
@@ -147,14 +192,19 @@ def in_turn(model: Model, data: Sequence[dict[str, Tensor]], technique: str) -> 
         if not stack:
             continue
         rest = net.all_layers if stack == first else stack
-        calls = [record(net, batch, stack, rest, technique) for batch in data]
-        states = [each[0].x for each in calls]
+        states, given, file = [], [], scratch()
+        for batch in data:
+            x, others = record(net, batch, stack, rest, technique)
+            states.append(Away(x, file))
+            given.append(others)
         for index, layer in enumerate(stack):
             read(layer)
-            own = [Call(x, each[index].args, each[index].kwargs) for x, each in zip(states, calls, strict=True)]
-            yield layer, own
-            for number, call in enumerate(own):
-                states[number] = call.x = call.run(layer)
+            file = scratch()  # the one before is gone when nothing waits in it
+            calls = [Call(x, *others[index], file) for x, others in zip(states, given, strict=True)]
+            yield layer, calls
+            for call in calls:
+                call.away = Away(call.run(layer), file)
+            states = [call.away for call in calls]
 
 
 def read(layer: nn.Module) -> None:
@@ -166,14 +216,15 @@ def read(layer: nn.Module) -> None:
 
 def record(
     net: Network, batch: dict[str, Tensor], stack: Sequence[nn.Module], rest: Sequence[nn.Module], technique: str
-) -> list[Call]:
-    """What each layer of `stack` is called with, where layers of `rest` give back what they are given."""
-    calls: dict[nn.Module, Call] = {}
+) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """The states before the layers of `stack`, and with what else each is called, where layers of `rest` give back what
+    they are given."""
+    calls: dict[nn.Module, tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = {}
 
     def shows(layer: nn.Module, as_tuple: bool) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             x = args[0] if args else kwargs.pop("hidden_states")
-            calls[layer] = Call(x, args[1:], kwargs)
+            calls[layer] = x, args[1:], kwargs
             return (x, None, None) if as_tuple else x
 
         return forward
@@ -191,8 +242,8 @@ def record(
         finally:
             for layer in rest:
                 del layer.forward
-        if len({call.x.shape for call in calls.values()}) == 1 and all(layer in calls for layer in stack):
-            return [calls[layer] for layer in stack]
+        if len({x.shape for x, _, _ in calls.values()}) == 1 and all(layer in calls for layer in stack):
+            return calls[stack[0]][0], [calls[layer][1:] for layer in stack]
     raise UserError(
         f"technique '{technique}': the layers of this {net.spec.family} model do not follow each other plainly, so "
         "that they cannot be calibrated one by one; use int_groups, int8 or nf4"
@@ -230,7 +281,7 @@ def inputs(layer: nn.Module, calls: Sequence[Call], linear: Linear) -> Iterator[
     """What a projection of the layer reads in each call, (tokens, in); the layer is run as far as that."""
     seen: list[Tensor] = []
     ends = any(last(part) is linear for part in layer.modules())
-    size = sum(call.x.numel() for call in calls) // calls[0].x.shape[-1] * linear.in_features * 4
+    size = sum(call.away.shape[:-1].numel() for call in calls) * linear.in_features * 4
     keep = ends and size <= KEPT
 
     def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -245,7 +296,7 @@ def inputs(layer: nn.Module, calls: Sequence[Call], linear: Linear) -> Iterator[
             except Stop:
                 x = seen.pop()
                 if keep:
-                    call.kept[linear] = x
+                    call.kept[linear] = Away(x, call.file)
                 yield x
     finally:
         hook.remove()

@@ -28,7 +28,7 @@ from burnish.native import plane
 
 NAME = "gptq"
 BLOCK = 128  # inputs between two updates by a product
-PIECE = 1 << 20  # weights whose grids are made together
+PIECE, ROWS = 1 << 19, 128  # weights that are quantised together, and at least so many rows
 GRAM = 512  # columns of X^T X computed together
 TRIES = 4  # each with ten times the dampening
 
@@ -110,11 +110,12 @@ def quantise_stage(
         return
     factor, order = factorised(layer, calls, chosen[0], config, left[chosen[0]])
     for linear in chosen:
-        work = by_position(linear.weight.dequantize(), order)
-        linear.weight = Dense(torch.empty(0, 0))  # gives its memory back
         path = left.pop(linear)
-        linear.weight, error = quantise(work, factor, order, config.form(path), config.static_groups)
+        dense = linear.weight.dequantize()
+        linear.weight, error = quantise(dense, factor, order, config.form(path), config.static_groups)
         context.report({"layer": path, "error": error})
+    del factor
+    device.return_freed_memory()  # the pieces' small blocks leave holes, 30 MiB of them in a model of 400
 
 
 def factorised(
@@ -163,30 +164,38 @@ def permute(matrix: Tensor, order: Tensor) -> None:
         part.copy_(part[:, order])
 
 
-def by_position(dense: Tensor, order: Tensor) -> Tensor:
-    """dense (out, in) -> (in, out) float32, as the positions of `factorised` stand; 0 where the input always is."""
-    work = dense.detach().t()[torch.where(order < 0, -1 - order, order)].float()
-    work[order < 0] = 0
-    return work
+def quantise(dense: Tensor, factor: Tensor, order: Tensor, form: Form, static_groups: bool) -> tuple[Grouped, float]:
+    """dense (out, in) as codes by `factorised`'s results, and the share of the calibrated outputs' power that is lost.
+    Rows do not depend on each other: some are taken at a time."""
+    found = [
+        quantise_rows(part.detach().float(), factor, order, form, static_groups)
+        for part in dense.split(max(ROWS, PIECE // dense.shape[1]))
+    ]
+    parts, power, lost = zip(*found, strict=True)
+    whole = {name: torch.cat([part.get_parameter(name) for part in parts]) for name, _ in parts[0].named_parameters()}
+    if form.ordered:
+        whole["order"] = parts[0].get_parameter("order")
+    return Grouped(form, (dense.shape[0], dense.shape[1]), whole), sum(lost) / max(sum(power), 1e-30)
 
 
-def quantise(work: Tensor, factor: Tensor, order: Tensor, form: Form, static_groups: bool) -> tuple[Grouped, float]:
-    """The weights that `by_position` gave as codes, and the share of the calibrated outputs' power that is lost. `work`
-    becomes the errors."""
-    columns, rows = work.shape
+def quantise_rows(
+    dense: Tensor, factor: Tensor, order: Tensor, form: Form, static_groups: bool
+) -> tuple[Grouped, float, float]:
+    """The codes of rows (rows, in) float32, and their outputs' power, all and lost."""
+    rows, columns = dense.shape
+    dense = dense.index_fill(1, -1 - order[order < 0], 0)  # inputs that are always 0
     order = torch.where(order < 0, -1 - order, order)
     size = form.size(columns)
-    power = outputs_power(factor, work)
-    group_of = torch.arange(columns, device=work.device).flip(0) // size  # by position, as they are rounded
+    group_of = torch.arange(columns, device=dense.device).flip(0) // size  # by position, as they are rounded
     if static_groups:
         group_of = order // size
-        by_input, found = order.argsort(), []
-        for part in work.t().split(max(1, PIECE // columns)):
-            groups = nn.functional.pad(part[:, by_input], (0, -columns % size))
-            found.append(form.grid(groups.view(len(part), -1, size)))
-        scales, zeros = (torch.cat(x).t().contiguous() for x in zip(*found, strict=True))
+        grids = form.grid(nn.functional.pad(dense, (0, -columns % size)).view(rows, -1, size))
+        scales, zeros = (x.t().contiguous() for x in grids)
     else:
-        scales, zeros = (torch.empty(-(-columns // size), rows, device=work.device) for _ in range(2))
+        scales, zeros = (torch.empty(-(-columns // size), rows, device=dense.device) for _ in range(2))
+    work = dense.t()[order]  # (in, rows) by position; becomes the errors
+    del dense
+    power = outputs_power(factor, work)
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     step = BLOCK if static_groups else size
     for end in range(columns, 0, -step):
@@ -199,11 +208,12 @@ def quantise(work: Tensor, factor: Tensor, order: Tensor, form: Form, static_gro
             group = int(group_of[start])
             scales[group], zeros[group] = form.grid(moved.t())
         codes[here] = plane.nearest_plane(work[here], pull, own, scales, zeros, group_of[here], form.top)
+    lost = outputs_power(factor, work)
+    del work
     stored = codes.flip(0)
     if not form.ordered:
         stored[order] = codes
-    error = outputs_power(factor, work) / max(power, 1e-30)
-    return Grouped.of(form, stored.t(), scales.t(), zeros.t(), order.flip(0) if form.ordered else None), error
+    return Grouped.of(form, stored.t(), scales.t(), zeros.t(), order.flip(0) if form.ordered else None), power, lost
 
 
 def outputs_power(factor: Tensor, matrix: Tensor) -> float:

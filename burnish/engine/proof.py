@@ -104,20 +104,21 @@ class Said:
 
     logs: Tensor
     labels: Tensor
-    states: dict[str, Tensor]
+    states: dict[str, Tensor] = field(default_factory=dict)
 
 
-def said(model: Model, texts: Sequence[str]) -> Said:
-    """What a model says of texts, in one forward. Of each the second half is judged."""
+def said(model: Model, texts: Sequence[str], look: Callable[[str, Tensor], None] | None = None) -> Said:
+    """What a model says of texts, in one forward. Of each the second half is judged. `look` is given the path and the
+    states of every layer as it runs, and they are not kept."""
     net, paths = model.net, {module: path for path, module in model.net.named_modules()}
     listed = [model.tokenizer(text)["input_ids"][:MOST_TOKENS] for text in texts]
     examples = [Example(ids, [IGNORE] * (len(ids) // 2) + ids[len(ids) // 2 :]) for ids in listed if len(ids) > 1]
     states: dict[str, Tensor] = {}
 
-    def keep(module: torch.nn.Module, _: Any, out: Any) -> None:
-        states[paths[module]] = (out if isinstance(out, Tensor) else out[0]).detach().float().cpu()
+    def see(module: torch.nn.Module, _: Any, out: Any) -> None:
+        (look or states.__setitem__)(paths[module], (out if isinstance(out, Tensor) else out[0]).detach().cpu())
 
-    handles = [layer.register_forward_hook(keep) for layer in net.all_layers]
+    handles = [layer.register_forward_hook(see) for layer in net.all_layers]
     net.eval()
     try:
         with torch.inference_mode():
@@ -131,20 +132,25 @@ def said(model: Model, texts: Sequence[str]) -> Said:
                 hidden, labels = beside_labels(net, hidden, batch["labels"])
                 hidden, labels = hidden[labels != IGNORE], labels[labels != IGNORE]
                 logits = net.logits(hidden)
-            return Said(logits.float().log_softmax(-1).cpu(), labels.cpu(), states)
+            return Said(logits.log_softmax(-1, dtype=torch.float32).cpu(), labels.cpu(), states)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def compared(before: Said, after: Said) -> Report:
-    kl = (before.logs.exp() * (before.logs - after.logs)).sum(-1)
-    layers, last = {}, 0.0
-    for path, state in before.states.items():
-        other = after.states.get(path)
-        if other is not None and other.shape == state.shape:
-            error = float((other - state).norm() / state.norm())
-            layers[path], last = (error, error - last), error
+def compared(before: Said, model: Model, texts: Sequence[str]) -> Report:
+    """What was said before against what a model says of the same texts."""
+    errors: dict[str, float] = {}
+
+    def look(path: str, state: Tensor) -> None:
+        known = before.states.get(path)
+        if known is not None and known.shape == state.shape:
+            errors[path] = float((state.float() - known.float()).norm() / known.float().norm())
+
+    after = said(model, texts, look)
+    kl = torch.stack([(p.exp() * (p - q)).sum() for p, q in zip(before.logs, after.logs, strict=True)])
+    added = [error - last for error, last in zip(errors.values(), [0.0, *errors.values()], strict=False)]
+    layers = dict(zip(errors, zip(errors.values(), added, strict=True), strict=True))
     known = before.labels < before.logs.shape[1]
     losses = [F.nll_loss(x.logs[known], before.labels[known]).item() for x in (before, after)]
     same = (before.logs.argmax(-1) == after.logs.argmax(-1)).float().mean()
@@ -164,6 +170,7 @@ def proven(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: is there already, and not empty; choose another name")
     texts = TEXTS if options.prompt_file is None else lines_of(options.prompt_file)
+    device.return_large_blocks()
     model, report = source(), None
     looked = options.proof and model.tokenizer is not None and model.spec.head != "none"
     before = said(model, texts) if looked else None
@@ -178,7 +185,9 @@ def proven(
         gc.collect()
         device.return_freed_memory()
         if before is not None:
-            report = compared(before, said(load(partial), texts))
+            result = load(partial)
+            device.return_freed_memory()
+            report = compared(before, result, texts)
             made.lines += report.lines(options.max_kl)
             if options.strict and report.beyond(options.max_kl):
                 raise UserError(f"strict: nothing is written; {made.lines[-1]}")

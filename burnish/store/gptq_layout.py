@@ -26,6 +26,7 @@ from burnish.model.surgery import linears
 from burnish.store.tensors import Entry, Held, Later
 
 WORD = 32  # codes in a whole number of words
+ROWS = 256  # of a projection that are repacked together
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 Stored = Mapping[str, Entry | Held]
 
@@ -115,10 +116,14 @@ def nbytes(weight: Grouped) -> int:
 
 
 def qweight(weight: Grouped) -> Tensor:
-    codes = unpack(weight.packed, weight.form.bits, weight.shape[1]).cpu()
-    if weight.form.ordered:
-        codes = codes[:, weight.get_parameter("order").cpu().argsort()]
-    return to_words(codes.t(), weight.form.bits)
+    (rows, columns), bits = weight.shape, weight.form.bits
+    words = torch.empty(columns // WORD * bits, rows, dtype=torch.int32)
+    for packed, out in zip(weight.packed.split(ROWS), words.split(ROWS, 1), strict=True):
+        codes = unpack(packed, bits, columns).cpu()
+        if weight.form.ordered:
+            codes = codes[:, weight.get_parameter("order").cpu().argsort()]
+        out.copy_(to_words(codes.t(), bits))
+    return words
 
 
 def qzeros(weight: Grouped) -> Tensor:
@@ -251,7 +256,10 @@ class Part:
         if self.name == "scale":
             return own["scales"].read().t().half().contiguous()
         if self.name == "packed":
-            codes = from_words(own["qweight"].read(), form.bits).t()
-            return pack(codes[:, order] if form.ordered else codes, form.bits).contiguous()
+            packed = torch.empty(self.shape, dtype=torch.uint8)
+            for words, out in zip(own["qweight"].read().split(ROWS, 1), packed.split(ROWS), strict=True):
+                codes = from_words(words, form.bits).t()
+                out.copy_(pack(codes[:, order] if form.ordered else codes, form.bits))
+            return packed
         words = own["qzeros"].read().t()
         return from_words(moved(words, form.bits, 1) if self.less_one else words, form.bits)

@@ -68,7 +68,7 @@ def test_codes_are_those_of_the_papers_algorithm(monkeypatch, kernel, group_size
     monkeypatch.setattr(gptq, "gram_matrix", lambda *_: x.t() @ x)
     config = gptq.Config(bits, group_size, bits == 4, desc_act, static)
     factor, order = gptq.factorised(None, [], None, config, "")  # type: ignore[arg-type]
-    weight, error = gptq.quantise(gptq.by_position(dense, order), factor, order, config.form(""), static)
+    weight, error = gptq.quantise(dense, factor, order, config.form(""), static)
     got, want = weight.dequantize(), by_the_paper(dense, x.t() @ x, config).float()
     assert (abs(got - want) < 1e-4).float().mean() > 0.995  # sums in float32 may fall to the other side of a border
 
@@ -141,6 +141,24 @@ def test_weights_are_read_one_layer_at_a_time(root, monkeypatch):
     assert max(most) == 7 and all(isinstance(linear.weight, Grouped) for _, linear in linears(model.net))
     same = chain.apply(load(tiny.folder(root, "llama")), [{"gptq": SMALL}])
     assert all(map(torch.equal, model.net.parameters(), same.net.parameters()))
+
+
+def test_states_that_wait_come_back_as_they_were(monkeypatch):
+    file, draws = calibration.scratch(), draw(6)
+    given = [torch.randn(3, 5, generator=draws).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    given.append(given[0].t())
+    away = [calibration.Away(tensor, file) for tensor in given]
+    assert all(map(torch.equal, [each.back() for each in reversed(away)], reversed(given)))
+
+    class Full:
+        def seek(self, *_):
+            return 0
+
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="60 bytes of calibration states cannot be written: No space left"):
+        calibration.Away(given[0], Full())  # type: ignore[arg-type]
 
 
 def test_examples_calibrate_and_progress_is_told(root):

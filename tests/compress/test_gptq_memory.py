@@ -1,4 +1,4 @@
-"""Quantising a model of S bytes, and proving it, takes at most S / 4 and five layers beside what any process takes."""
+"""Quantising a model of S bytes, and proving it, takes at most S / 4 and 2.5 layers beside what any process takes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ def peak(model: Path, output: Path) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_quarter_of_the_model_and_five_layers(root, tmp_path):
+def test_a_quarter_of_the_model_and_two_layers_and_a_half(root, tmp_path):
     base = peak(tiny.folder(root, "llama"), tmp_path / "tiny")
     (tmp_path / "large").mkdir()
     large = tiny.large_folder(tmp_path / "large", 1024, 2816)  # 410 MB
     size = (large / "model.safetensors").stat().st_size
     most = peak(large, tmp_path / "small") - base
-    assert most <= size / 4 + 5 * size / 16, f"{most >> 20} MiB of {size >> 20}"
+    print(f"{most / 2**20:.1f} MiB")
+    assert most <= size / 4 + 2.5 * size / 16, f"{most >> 20} MiB of {size >> 20}"
     assert (tmp_path / "small" / "model.safetensors").stat().st_size < 0.3 * size

@@ -21,7 +21,7 @@ def test_the_figures_are_those_of_the_definitions(root, family):
     """For a decoder and an encoder by a forward of each text alone."""
     folder = tiny.folder(root, family)
     before, after = load(folder, torch.float32), chain.apply(load(folder, torch.float32), ["int8"])
-    report = compared(said(before, TEXTS), said(after, TEXTS))
+    report = compared(said(before, TEXTS), after, TEXTS)
     assert 0 < report.kl < 0.05 and report.kl < report.worst_kl and report.agreement > 0.8
     assert len(report.layers) == len(before.net.all_layers) and all(0 < x < 0.2 for x, _ in report.layers.values())
     if family == "t5":
@@ -69,7 +69,7 @@ def test_numbers_that_are_none_are_beyond(root):
     before = said(model, TEXTS)
     with torch.no_grad():
         model.net.norm.weight.fill_(math.nan)
-    report = compared(before, said(model, TEXTS))
+    report = compared(before, model, TEXTS)
     assert report.beyond(1e9) and report.lines(1.0)[1].startswith("warning")
 
 
