@@ -110,8 +110,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def alibi_slopes(heads: int, device: torch.device | None = None) -> Tensor:
     """(heads,) slopes 2^(-8i/n); for a head count n that is no power of two, BLOOM's interleaving (section 3)."""
     closest = 2 ** math.floor(math.log2(heads))
-    first = torch.arange(1, closest + 1, dtype=torch.float64, device=device) * (-8.0 / closest)
-    between = torch.arange(1, 2 * (heads - closest), 2, dtype=torch.float64, device=device) * (-4.0 / closest)
+    numbers = torch.arange(closest, dtype=torch.float64, device=device)
+    first, between = (numbers + 1) * (-8.0 / closest), (2 * numbers[: heads - closest] + 1) * (-4.0 / closest)
     return torch.cat((first, between)).exp2().float()
 
 
