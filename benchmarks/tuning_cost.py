@@ -3,8 +3,8 @@
     python benchmarks/tuning_cost.py --threads 2
 
 The rows are those of recipes/tuning.yaml, on the random Llama of 134 million parameters that comparisons measure cost
-on: 4 rows of 128 tokens in bfloat16, all of them trained. Every row runs in a process of its own, once in the recipe's
-order and once backwards; a step is the mean of three after a first one, the faster of both rounds. Memory is the
+on: 4 rows of 128 tokens in bfloat16, all of them trained. Every row runs in a process of its own, in the recipe's
+order and backwards in turn; a step is the mean of three after a first one, the fastest of the rounds. Memory is the
 process's peak above what it had before loading. Writes results/tuning_cost.json.
 """
 
@@ -54,6 +54,7 @@ def worker(folder: str, techniques: list[Any], threads: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
@@ -65,7 +66,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_twin(Path(scratch) / "twin", "pebble")
-        for name in (*rows, *reversed(rows)):
+        for name in [name for turn in range(given.rounds) for name in list(rows)[:: -1 if turn % 2 else 1]]:
             task = json.dumps([str(folder), rows[name], given.threads])
             done = subprocess.run(
                 [sys.executable, __file__, "--worker", task], capture_output=True, text=True, check=True, cwd=ROOT
