@@ -269,13 +269,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--llama-python", default="")
     parser.add_argument("--only", default="", help="engines, separated by commas")
+    parser.add_argument("--without", default="", help="rows left out, separated by commas")
+    parser.add_argument("--output", type=Path, default=RESULT)
     given = parser.parse_args()
     environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}
     here = [sys.executable, __file__]
     engines = set(given.only.split(",")) if given.only else {engine for engine, _ in RUNS.values()}
     engines -= {name for name in ("bitsandbytes", "torchao") if not find_spec(name)}
     engines -= set() if given.llama_python else {"llama", "file"}
-    names = [name for name, (engine, _) in RUNS.items() if engine in engines]
+    names = [name for name, (engine, _) in RUNS.items() if engine in engines and name not in given.without.split(",")]
 
     def called(command: list[str]) -> Any:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -311,7 +313,8 @@ def main() -> None:
             "rounds": rounds,
         }
     shown = [f"--llama-python {Path(given.llama_python).name}"] if given.llama_python else []
-    RESULT.write_text(json.dumps({
+    shown += [f"--{name} '{getattr(given, name)}'" for name in ("only", "without") if getattr(given, name)]
+    given.output.write_text(json.dumps({
         "command": " ".join(["python benchmarks/inference.py", f"--rounds {given.rounds}", f"--tokens {given.tokens}",
                              f"--threads {given.threads}", *shown]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

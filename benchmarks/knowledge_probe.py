@@ -22,7 +22,7 @@ from burnish.bench.relations import world_relations, world_texts
 
 RESULTS = Path(__file__).parent / "results" / "knowledge_probe.json"
 RELATIONS = "food,known_for,employer,birthplace,industry,country,instrument,profession,pet,headquarters"
-SEEDS, STEPS, FACTS = [0, 1, 2], 30, 80
+SEEDS, STEPS, FACTS = [0, 1, 2], 60, 80
 
 
 def main() -> None:

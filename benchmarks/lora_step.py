@@ -5,10 +5,11 @@
 The model is a random 134M Llama that transformers writes in bfloat16; peft writes the adapter that both start from.
 Every run is a process of its own, over one fixed batch, so that the losses of both fall in the same course. burnish
 runs its own `train`; peft a plain loop with fused AdamW and the Trainer's clipping, in every combination of
-`autocast_adapter_dtype` and `torch.compile`; the fastest is the one compared with. Rounds go through the runs forwards
-and backwards in turn. A step's time is the median over the rounds' steps after the first two, in seconds and in CPU
-seconds of the process, which others on the machine disturb less; memory is the peak resident size above what the
-imports took. Compiling starts from an empty cache; its time is the first step's.
+`autocast_adapter_dtype` and `torch.compile`, and with the model itself in float32, which takes twice the bytes and is
+the only usable way on a processor for which torch has no fast products of bfloat16; the fastest is the one compared
+with. Rounds go through the runs forwards and backwards in turn. A step's time is the median over the rounds' steps
+after the first two, in seconds and in CPU seconds of the process, which others on the machine disturb less; memory is
+the peak resident size above what the imports took. Compiling starts from an empty cache; its time is the first step's.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "burnish, compile": {"compile": True},
     "peft, compile": {"compile": True, "autocast_adapter_dtype": True},
     "peft, bf16 adapter, compile": {"compile": True, "autocast_adapter_dtype": False},
+    "peft, float32": {"compile": False, "autocast_adapter_dtype": True, "dtype": "float32"},
+    "peft, float32, compile": {"compile": True, "autocast_adapter_dtype": True, "dtype": "float32"},
 }
 RESULT = Path(__file__).parent / "results" / "lora_step.json"
 
@@ -171,30 +174,33 @@ def run_burnish(folder: Path, case: dict[str, Any], steps: int, compile: bool) -
     return train_burnish(meter, load(folder / case["adapter"]), case, steps, compile)
 
 
-def base_of_peft(folder: Path) -> Any:
+def base_of_peft(folder: Path, dtype: str = "bfloat16") -> Any:
     """The base as transformers loads it."""
     import torch
     from transformers import LlamaForCausalLM
 
-    base = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16, attn_implementation="sdpa")
+    base = LlamaForCausalLM.from_pretrained(folder / "base", dtype=getattr(torch, dtype), attn_implementation="sdpa")
     base.config.use_cache = False
     return base
 
 
 def run_peft(
-    folder: Path, case: dict[str, Any], steps: int, compile: bool, autocast_adapter_dtype: bool
+    folder: Path, case: dict[str, Any], steps: int, compile: bool, autocast_adapter_dtype: bool, dtype: str = "bfloat16"
 ) -> dict[str, Any]:
     from peft import PeftModel
 
     meter = Meter()
     model = PeftModel.from_pretrained(
-        base_of_peft(folder), folder / case["adapter"], is_trainable=True, autocast_adapter_dtype=autocast_adapter_dtype
+        base_of_peft(folder, dtype),
+        folder / case["adapter"],
+        is_trainable=True,
+        autocast_adapter_dtype=autocast_adapter_dtype,
     )
     return train_peft(meter, model, case, steps, compile)
 
 
 def matrix_rate(case: dict[str, Any]) -> dict[str, Any]:
-    """Best GFLOP/s of the step's own bfloat16 products, and the seconds that all of them take at that rate.
+    """Best GFLOP/s of the step's own products, in bfloat16 or, where torch is faster so, float32; the seconds of all.
 
     Counted are 2 * tokens * parameters for the forward pass and as much for the gradient of the inputs, which the
     lowest layer's projections of the embeddings do not need; the frozen weights need none.
@@ -213,16 +219,22 @@ def matrix_rate(case: dict[str, Any]) -> dict[str, Any]:
         (tokens, hidden, wide, layers, layers),
         (targets, vocab, hidden, 1, 1),
     ]
+    square = {dtype: torch.randn(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    dtype = min(square, key=lambda kind: _best(lambda: square[kind] @ square[kind]))
     rates, seconds, flops = {}, 0.0, 0.0
     for rows, out, inner, forwards, backwards in products:
-        x, grad = torch.randn(rows, inner).bfloat16(), torch.randn(rows, out).bfloat16()
-        weight = torch.randn(out, inner).bfloat16()
-        work = 2 * rows * out * inner
+        x, grad, weight = (torch.randn(*size, dtype=dtype) for size in ((rows, inner), (rows, out), (out, inner)))
         pair = {"x W^T": _best(lambda x=x, w=weight: F.linear(x, w)), "g W": _best(lambda g=grad, w=weight: g @ w)}
+        work = 2 * rows * out * inner
         rates[f"{rows} x {inner} x {out}"] = {name: round(work / spent / 1e9, 1) for name, spent in pair.items()}
         seconds += forwards * pair["x W^T"] + backwards * pair["g W"]
         flops += work * (forwards + backwards)
-    return {"gflops_per_second": rates, "step_gflop": flops / 1e9, "step_seconds": seconds}
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "gflops_per_second": rates,
+        "step_gflop": flops / 1e9,
+        "step_seconds": seconds,
+    }
 
 
 def _best(call: Any, repeats: int = 12) -> float:

@@ -39,7 +39,7 @@ from burnish.engine.reply import Ends, Generation, Piece, Row, batch_of, ends_of
 from burnish.model.cache import Prefix
 from burnish.model.pages import Pages, Step, View
 from burnish.model.transformer import Transformer
-from burnish.place.fused import Stepper, fused, stepper_of
+from burnish.place.fused import Stepper, stepper_of, stepping
 
 
 def _field(default: Any, text: str) -> Any:
@@ -321,7 +321,7 @@ class Batcher:
         if self.model.adapters is not None:
             batch["adapter_ids"] = torch.tensor(adapters, device=device)
         fast = all(request.chooser.config.fused for request in feeds)
-        with fused(self.model.net, len(ids), stepper=self.stepper) if fast else nullcontext():
+        with stepping(self.model.net, self.stepper, len(ids)) if fast else nullcontext():
             states = chain.forward(self.model, batch, Step(views))[0]
         return states[[end - 1 for end in itertools.accumulate(feeds.values())]]
 

@@ -21,6 +21,8 @@ INLINE void expand_groups(const matrix *w, int64_t row, int64_t blocks, enum ari
     const uint8_t *zeros = w->codes ? w->codes + row * groups : NULL;
     const float level = how == WHOLE ? 8191.0f / GROUPED_LEVEL : 1;
     int64_t unit = 0;
+    __builtin_prefetch(scales + 4 * groups); /* of a row soon to come */
+    if (zeros) __builtin_prefetch(zeros + 4 * groups);
 #ifdef WIDE
     const int64_t apart = size / GROUP_UNIT; /* units of a group */
     if (size % GROUP_UNIT == 0 && apart <= 16 && (apart & (apart - 1)) == 0) {
@@ -46,9 +48,14 @@ INLINE void expand_groups(const matrix *w, int64_t row, int64_t blocks, enum ari
     for (int64_t g = 0; g < groups; g++) {
         const float scale = from_half(scales[g]), shift = zeros ? 8.0f - zeros[g] : 0;
         const int64_t end = min((g + 1) * size, w->columns) / GROUP_UNIT;
+        for (; size % (4 * GROUP_UNIT) == 0 && unit < end; unit += 4) /* a last one's rest meets zeros */
+            for (int i = 0; i < 4; i++) {
+                out[unit + i] = scale * level;
+                if (zeros) out[units + unit + i] = scale * shift;
+            }
         for (; unit < end; unit++) {
             out[unit] = scale * level;
-            out[units + unit] = scale * shift;
+            if (zeros) out[units + unit] = scale * shift;
         }
     }
     for (; unit < units; unit++) out[unit] = out[units + unit] = 0;

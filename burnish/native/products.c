@@ -9,7 +9,7 @@
  * result does not depend on its batch (but in the last case):
  *
  * - float32 activations meet weights widened to float32;
- * - bfloat16 activations, where the processor multiplies 16-bit integers (AVX-512 VNNI), are rounded to 16 bits per 128
+ * - bfloat16 activations, where the processor multiplies 16-bit integers (AVX-512 VNNI, AVX2), are rounded to 16 bits per 128
  *   positions, a 256th of their own rounding at the largest of them, and meet int8 weights as they are and NF4's levels
  *   in 14 bits; so do activations of any dtype for GGUF's blocks, whose own programs round them to 8 bits;
  * - bfloat16 activations meet several tokens' bfloat16 weights in pairs, where the processor can (AVX-512 BF16).
@@ -18,162 +18,8 @@
  * x is put into that order once per call instead of the weights once per row.
  */
 
-#include "grouped.h"
-
-/* 64 whole numbers. */
-INLINE chunk expand_int8(const uint8_t *bytes) {
-    chunk c;
-#ifdef WIDE
-    for (int i = 0; i < 4; i++)
-        c.part[i] = (lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)bytes + i)));
-#elif VECTOR == 32
-    for (int i = 0; i < PARTS; i++)
-        c.part[i] = (lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(bytes + 8 * i))));
-#else
-    flat values;
-    for (int i = 0; i < 64; i++) values.floats[i] = (int8_t)bytes[i];
-    memcpy(&c, &values, sizeof c);
-#endif
-    return c;
-}
-
-/* The i-th part of what `expand_dense` gives with vectors of 32 bytes. */
-INLINE lanes dense_part(const uint8_t *bytes, int64_t i) {
-#if VECTOR == 32
-    const __m256i pairs = _mm256_loadu_si256((const __m256i *)bytes + i / 4 * 2 + i % 2);
-    return (lanes)(i % 4 < 2 ? _mm256_slli_epi32(pairs, 16) : _mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000)));
-#endif
-    return (lanes){0};
-}
-
-/* Of bfloat16; in float32 the even ones of 32 positions before the odd ones, but without wide vectors. */
-INLINE chunk expand_dense(const uint8_t *bytes, int half) {
-    chunk c;
-    if (half) {
-        memcpy(&c, bytes, 2 * BLOCK);
-        return c;
-    }
-#ifdef WIDE
-    for (int i = 0; i < 2; i++) {
-        const __m512i pairs = _mm512_loadu_si512((const __m512i *)bytes + i);
-        c.part[2 * i] = (lanes)_mm512_slli_epi32(pairs, 16);
-        c.part[2 * i + 1] = (lanes)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000));
-    }
-#elif VECTOR == 32
-    EVERY(i, PARTS) c.part[i] = dense_part(bytes, i);
-#else
-    flat values;
-    for (int i = 0; i < BLOCK; i++) values.floats[i] = widen(((const uint16_t *)bytes)[i]);
-    memcpy(&c, &values, sizeof c);
-#endif
-    return c;
-}
-
-/* One part of a chunk of weights by the same part of x. */
-INLINE lanes dot(lanes w, const char *x, lanes sum, int half) {
-    lanes values;
-    memcpy(&values, x, VECTOR);
-#ifdef PAIRS
-    if (half) return (lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)values);
-#endif
-    return multiply_add(w, values, sum);
-}
-
-typedef float four __attribute__((vector_size(16)));
-
-#ifdef WIDE
-INLINE __m512 fold(__m512 a, __m512 b) { /* per quarter: a0 + a2, b0 + b2, a1 + a3, b1 + b3 */
-    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-}
-#endif
-
-/* The totals of a and b, or where `all` of a, b, c and d. */
-INLINE four totals(int all, lanes a, lanes b, lanes c, lanes d) {
-#ifdef WIDE
-    const __m512 ab = fold((__m512)a, (__m512)b), cd = all ? fold((__m512)c, (__m512)d) : ab;
-    const __m512 quarters = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-    const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
-    return (four)_mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
-#elif VECTOR == 32
-    const __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = all ? _mm256_hadd_ps((__m256)c, (__m256)d) : ab;
-    const __m256 sums = _mm256_hadd_ps(ab, cd);
-    return (four)_mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
-#else
-    const lanes sums[] = {a, b, c, d};
-    four total = {0};
-    for (int r = 0; r < (all ? 4 : 2); r++)
-        for (int i = 0; i < VECTOR / 4; i++) total[r] += sums[r][i];
-    return total;
-#endif
-}
-
-/* Rows worked on at once: `count` of them from `first`, `apart` rows from one to the next; beyond them the last again,
- * which is not stored. `scales` has the constants of each, `blocks` + 1 a row with a zero at the end (grouped.h tells
- * GROUPED's), and `rests` what is left of each after the last bytes that are read at once. */
-typedef struct {
-    int64_t first, apart, count, blocks, row_bytes;
-    float *scales;
-    uint8_t *rests;
-} group;
-
-/* Where the rows of a tile lie: their bytes, and NF4's constants. */
-typedef struct {
-    const uint8_t *bytes[MOST_HEIGHT], *rests[MOST_HEIGHT];
-    const float *scales[MOST_HEIGHT];
-    int64_t first[MOST_HEIGHT]; /* block of each */
-} lines;
-
-INLINE lines lines_of(enum kind kind, int height, const matrix *w, const group *g, int64_t r0) {
-    lines found;
-    for (int r = 0; r < height; r++) {
-        const int64_t row = min(r0 + r, g->count - 1);
-        found.bytes[r] = w->bytes + (g->first + row * g->apart) * g->row_bytes;
-        found.scales[r] = g->scales + row * constants_of(kind, g->blocks);
-        found.first[r] = (g->first + row * g->apart) * g->blocks;
-        found.rests[r] = g->rests + row * MOST_REST;
-    }
-    return found;
-}
-
-/* Before `size` bytes are read at `at`: from here on where they stand in the rests. */
-INLINE void reach(int height, lines *rows, int64_t at, int64_t size, int64_t row_bytes) {
-    if (__builtin_expect(at + size > row_bytes, 0))
-        for (int r = 0; r < height; r++) rows->bytes[r] = rows->rests[r] - at;
-}
-
-#define FETCH(address) __builtin_prefetch((address) + 1024, 0, 3)
-
-INLINE void clear(int height, int width, lanes sums[HEIGHT][MOST_WIDTH]) {
-    EVERY(r, height) EVERY(t, width) sums[r][t] = (lanes){0};
-}
-
-/* The sums of `height` rows from the r0-th and `width` tokens from `token`, scaled and shifted, into the output. */
-INLINE void store(enum kind kind, int height, int width, const product *p, lanes sums[HEIGHT][MOST_WIDTH],
-                  const group *g, int64_t r0, int64_t token) {
-    const int64_t rows = min(height, g->count - r0), tokens = min(width, p->tokens - token);
-    const int all = height > 2;
-    four scale = {1, 1, 1, 1}, bias = {0};
-    for (int r = 0; r < rows; r++) {
-        const int64_t row = g->first + (r0 + r) * g->apart;
-        if (kind == INT8) scale[r] = p->w->constants[row];
-        if (p->bias) bias[r] = p->out_half ? widen(((const uint16_t *)p->bias)[row]) : ((const float *)p->bias)[row];
-    }
-    for (int t = 0; t < width && t < tokens; t++) {
-        four total = totals(all, sums[0][t], sums[1][t], sums[2 * all][t], sums[3 * all][t]) * scale + bias;
-        if (kind == GROUPED && p->w->codes)
-            for (int r = 0; r < rows; r++) {
-                const float *scales = g->scales + (r0 + r) * constants_of(kind, g->blocks);
-                total[r] += of_zeros(scales, p->x + (token + t) * p->stride + p->sums, g->blocks);
-            }
-        for (int r = 0; r < height && r < rows; r++) {
-            const int64_t at = (token + t) * p->w->rows + g->first + (r0 + r) * g->apart;
-            if (p->out_half)
-                ((uint16_t *)p->out)[at] = narrow(total[r]);
-            else
-                ((float *)p->out)[at] = p->adds ? ((float *)p->out)[at] + total[r] : total[r];
-        }
-    }
-}
+#include "tiles.h"
+#include "whole.h"
 
 /* 64 weights, the `block`-th of a row. */
 INLINE chunk expand(enum kind kind, int half, const matrix *w, const lines *rows, int r, int64_t block) {
@@ -239,29 +85,7 @@ INLINE void gguf_tile(enum kind kind, int height, int width, const product *p, c
         store(kind, height < HEIGHT ? height : HEIGHT, width, p, sums + r, g, r0 + r, token);
 }
 
-/* Whether the constants are looked up as they are needed, two blocks of one group at a time. */
-INLINE int looked_up(const matrix *w, int64_t blocks) { return w->codes && blocks % 2 == 0; }
-
 #ifdef WIDE
-/* The constants of two blocks of row r, 8 lanes each, or of four times 32 weights. */
-INLINE lanes of_pair(enum kind kind, const matrix *w, const group *g, const lines *rows, int r, int64_t block) {
-    if (kind == GROUPED) {
-        const __m512i of_unit = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-        const __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(rows->scales[r] + 2 * block));
-        return (lanes)_mm512_permutexvar_ps(of_unit, four);
-    }
-    if (looked_up(w, g->blocks)) {
-        const int64_t at = rows->first[r] + block;
-        const __m512 low = _mm512_set1_ps(w->map[w->codes[at]]), high = _mm512_set1_ps(w->map[w->codes[at + 1]]);
-        const __m512 scale = _mm512_set1_ps(w->constants[at / 256]), offset = _mm512_set1_ps(*w->offset);
-        return (lanes)_mm512_fmadd_ps(_mm512_mask_blend_ps(0xff00, low, high), scale, offset);
-    }
-    const __m512i of_block = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-    double two;
-    memcpy(&two, rows->scales[r] + block, 8);
-    return (lanes)_mm512_permutexvar_ps(of_block, _mm512_castpd_ps(_mm512_set1_pd(two)));
-}
-
 /* The same for four bits in float32, two blocks at a time: nibble i of 16 words is one lookup, and a product's 16 sums, 8 of
  * each block, meet the constants afterwards. */
 INLINE void nibble_tile(enum kind kind, int height, int width, const product *p, const group *g, int64_t r0, int64_t token) {
@@ -290,147 +114,6 @@ INLINE void nibble_tile(enum kind kind, int height, int width, const product *p,
         }
     }
     store(kind, height, width, p, sums, g, r0, token);
-}
-#endif
-
-#ifdef WHOLE_NUMBERS
-#define LEVEL 8191.0f /* that stands for 1: eight products of 16 bits by it fit 32 */
-
-/* int8 or four bits by 16-bit activations, 128 positions at a time, whose scale is behind them in x. Nibble i of 32 words is one
- * lookup, in a table that stands twice, since it takes five bits. */
-INLINE void whole_tile(enum kind kind, int height, int width, const product *p, const group *g, int64_t r0,
-                       int64_t token) {
-    const int64_t pairs = (g->blocks + 1) / 2, size = stored(kind, 2 * BLOCK);
-    const int nibbles = kind == NF4 || kind == GROUPED;
-    __m512i table = {0};
-    if (nibbles) {
-        const float one = kind == NF4 ? LEVEL : GROUPED_LEVEL;
-        const __m512 levels = _mm512_mul_ps(_mm512_loadu_ps(p->w->levels), _mm512_set1_ps(one));
-        table = _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(_mm512_cvtps_epi32(levels)));
-    }
-    const char *x = p->x + token * p->stride, *rates = x + 4 * BLOCK * pairs;
-    lines rows = lines_of(kind, height, p->w, g, r0);
-    lanes sums[MOST_HEIGHT][MOST_WIDTH];
-    clear(height, width, sums);
-    for (int64_t b = 0; b < pairs; b++, x += 4 * BLOCK, rates += 4) {
-        reach(height, &rows, b * size, size, g->row_bytes);
-        EVERY(r, height) {
-            const uint8_t *from = rows.bytes[r] + b * size;
-            __m512i part[4];
-            FETCH(from);
-            if (nibbles) {
-                const __m512i words = _mm512_loadu_si512(from);
-                EVERY(i, 4)
-                    part[i] = _mm512_permutexvar_epi16(i ? _mm512_srli_epi16(words, 4 * i) : words, table);
-            } else {
-                FETCH(from + 64);
-                EVERY(i, 4) part[i] = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from + i));
-            }
-            const lanes pair = nibbles ? of_pair(kind, p->w, g, &rows, r, 2 * b) : (lanes){0};
-            EVERY(t, width) {
-                const char *own = x + t * p->stride;
-                __m512i sum = _mm512_setzero_si512(), other = sum;
-                sum = _mm512_dpwssd_epi32(sum, part[0], _mm512_loadu_si512(own));
-                other = _mm512_dpwssd_epi32(other, part[1], _mm512_loadu_si512(own + 64));
-                sum = _mm512_dpwssd_epi32(sum, part[2], _mm512_loadu_si512(own + 128));
-                other = _mm512_dpwssd_epi32(other, part[3], _mm512_loadu_si512(own + 192));
-                float rate;
-                memcpy(&rate, rates + t * p->stride, 4);
-                const lanes scale = nibbles ? pair * rate : (lanes)_mm512_set1_ps(rate);
-                const __m512 wide = _mm512_cvtepi32_ps(_mm512_add_epi32(sum, other));
-                sums[r][t] = multiply_add((lanes)wide, scale, sums[r][t]);
-            }
-        }
-    }
-    store(kind, height, width, p, sums, g, r0, token);
-}
-#endif
-
-#ifdef WHOLE_NUMBERS
-/* The at-th 32 whole numbers of a row of GGUF's blocks, in 16 bits. */
-INLINE __m512i whole_32(enum kind kind, const uint8_t *row, int64_t at) {
-    const int j = at % 8;
-    const __m256i fifteen = _mm256_set1_epi8(15);
-#define AT(address) _mm256_loadu_si256((const __m256i *)(address))
-    if (kind == Q8_0) return _mm512_cvtepi8_epi16(AT(row + at * 34 + 2));
-    if (kind < Q4_K) {
-        const uint8_t *end = row + gguf_bytes(kind, 32 * at + 32);
-        const __m128i packed = _mm_loadu_si128((const __m128i *)(end - 16));
-        const __m256i both = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(packed, 4), packed), fifteen);
-        if (kind == Q4_0) return _mm512_cvtepi8_epi16(_mm256_sub_epi8(both, _mm256_set1_epi8(8)));
-        uint32_t bits;
-        memcpy(&bits, end - 20, 4);
-        const __m256i q = _mm256_or_si256(both, _mm256_maskz_set1_epi8(bits, 16));
-        return _mm512_cvtepi8_epi16(kind == Q5_0 ? _mm256_sub_epi8(q, _mm256_set1_epi8(16)) : q);
-    }
-    if (kind == Q6_K) {
-        const uint8_t *block = row + at / 8 * 210;
-        const __m256i low = AT(block + j / 4 * 64 + j % 2 * 32), high = AT(block + 128 + j / 4 * 32);
-        const __m256i two = _mm256_and_si256(_mm256_srli_epi16(high, j % 4 * 2), _mm256_set1_epi8(3));
-        const __m256i four = _mm256_and_si256(_mm256_srli_epi16(low, j % 4 / 2 * 4), fifteen);
-        const __m256i q = _mm256_or_si256(four, _mm256_slli_epi16(two, 4));
-        return _mm512_cvtepi8_epi16(_mm256_sub_epi8(q, _mm256_set1_epi8(32)));
-    }
-    const uint8_t *block = row + at / 8 * (kind == Q4_K ? 144 : 176), *packed = block + (kind == Q4_K ? 16 : 48);
-    __m256i q = _mm256_and_si256(_mm256_srli_epi16(AT(packed + j / 2 * 32), j % 2 * 4), fifteen);
-    if (kind == Q5_K) {
-        const __m256i bit = _mm256_and_si256(_mm256_srli_epi16(AT(block + 16), j), _mm256_set1_epi8(1));
-        q = _mm256_or_si256(q, _mm256_slli_epi16(bit, 4));
-    }
-    return _mm512_cvtepu8_epi16(q);
-#undef AT
-}
-
-/* GGUF's blocks by 16-bit activations, whose scale for 128 positions is behind them in x. A group's sums of whole numbers
- * meet its scale, and the sums of x the minimum; a group of 16 has eight of the lanes. */
-INLINE void gguf_whole_tile(enum kind kind, int height, int width, const product *p, const group *g, int64_t r0,
-                            int64_t token) {
-    const int parts = kind < Q4_K ? 2 : 8; /* of 32 weights, done at once */
-    const int shifted = kind == Q5_1 || kind == Q4_K || kind == Q5_K;
-    const char *x = p->x + token * p->stride, *rates = x + even(g->blocks) * 2 * BLOCK;
-    const lines rows = lines_of(kind, height, p->w, g, r0);
-    lanes sums[MOST_HEIGHT][MOST_WIDTH];
-    clear(height, width, sums);
-    for (int64_t at = 0; at < 2 * g->blocks; at += parts, x += 64 * parts) {
-        lanes totals_of_x[MOST_WIDTH][8];
-        for (int t = 0; t < width && shifted; t++)
-            EVERY(i, parts) {
-                const __m512i part = _mm512_loadu_si512(x + t * p->stride + 64 * i);
-                totals_of_x[t][i] =
-                    (lanes)_mm512_cvtepi32_ps(_mm512_dpwssd_epi32(_mm512_setzero_si512(), part, _mm512_set1_epi16(1)));
-            }
-#pragma GCC unroll 1
-        for (int r = 0; r < height; r++) {
-            const uint8_t *row = rows.bytes[r];
-            float scales[16], minima[8];
-            FETCH(row + gguf_bytes(kind, 32 * at));
-            if (parts == 8) FETCH(row + gguf_bytes(kind, 32 * at) + 64);
-            if (parts == 8) FETCH(row + gguf_bytes(kind, 32 * at) + 128);
-            group_scales(kind, row, at, scales, minima);
-            lanes sum[MOST_WIDTH];
-            EVERY(i, parts) {
-                const __m512i q = whole_32(kind, row, at + i);
-                lanes scale = (lanes)_mm512_set1_ps(scales[i]);
-                if (kind == Q6_K) {
-                    const __m512 low = _mm512_set1_ps(scales[2 * i]), high = _mm512_set1_ps(scales[2 * i + 1]);
-                    scale = (lanes)_mm512_mask_blend_ps(0xff00, low, high);
-                }
-                EVERY(t, width) {
-                    const __m512i values = _mm512_loadu_si512(x + t * p->stride + 64 * i);
-                    const lanes wide = (lanes)_mm512_cvtepi32_ps(_mm512_dpwssd_epi32(_mm512_setzero_si512(), q, values));
-                    sum[t] = i % 4 ? multiply_add(wide, scale, sum[t]) : wide * scale;
-                    if (shifted) sum[t] = sum[t] - totals_of_x[t][i] * minima[i];
-                    if (i % 4 == 3 || i == parts - 1) {
-                        float rate;
-                        memcpy(&rate, rates + t * p->stride + (at + i) / 4 * 4, 4);
-                        sums[r][t] = multiply_add(sum[t], (lanes)_mm512_set1_ps(rate), sums[r][t]);
-                    }
-                }
-            }
-        }
-    }
-    for (int r = 0; r < height && r0 + r < g->count; r += HEIGHT)
-        store(kind, height < HEIGHT ? height : HEIGHT, width, p, sums + r, g, r0 + r, token);
 }
 #endif
 
@@ -541,7 +224,7 @@ INLINE int64_t height_of(enum kind kind, enum arithmetic how, int64_t tokens) {
     if (tokens == 1 && how == WIDENED && (kind == DENSE || kind == FLOATS)) return MOST_HEIGHT;
 #endif
 #ifndef WIDE
-    if (tokens > 1) return MOST_HEIGHT;
+    if (tokens > 1 && how != WHOLE) return MOST_HEIGHT;
 #endif
     return HEIGHT;
 }
@@ -549,7 +232,8 @@ INLINE int64_t height_of(enum kind kind, enum arithmetic how, int64_t tokens) {
 /* A group of rows by all tokens. */
 INLINE void rows_of(enum kind kind, enum arithmetic how, const product *p, group *g) {
     const matrix *w = p->w;
-    const int64_t size = how == WHOLE && kind == INT8 ? 128 : (kind == NF4 || kind == GROUPED) && VECTOR < 64 ? 32 : 64;
+    const int nibbles = kind == NF4 || kind == GROUPED;
+    const int64_t size = how == WHOLE && kind == INT8 ? 128 : how == WIDENED && nibbles && VECTOR < 64 ? 32 : 64;
     const int64_t rest = g->row_bytes % size, tokens = p->tokens;
     for (int64_t r = 0; r < g->count; r++) {
         const int64_t row = g->first + r * g->apart;
@@ -567,12 +251,12 @@ INLINE void rows_of(enum kind kind, enum arithmetic how, const product *p, group
     if (tokens == 1)
         tile(kind, how, height_of(kind, how, 1), 1, p, g, 0, 0);
 #ifndef WIDE
-    else
+    else if (how != WHOLE)
         all_tokens(kind, p, g);
-#else
+#endif
     else if (tokens == 2)
         tile(kind, how, HEIGHT, 2, p, g, 0, 0);
-    else if (kind >= Q8_0 || (tokens > MOST_WIDTH && MOST_WIDTH > WIDTH)) /* x no longer fits the first cache */
+    else if (kind >= Q8_0 || MOST_WIDTH == WIDTH || tokens > MOST_WIDTH) /* x no longer fits the first cache */
         for (int64_t token = 0; token < tokens; token += WIDTH) tile(kind, how, HEIGHT, WIDTH, p, g, 0, token);
     else
         for (int64_t r = 0; r < g->count; r += 2)
@@ -581,7 +265,6 @@ INLINE void rows_of(enum kind kind, enum arithmetic how, const product *p, group
                     tile(kind, how, 2, MOST_WIDTH, p, g, r, token);
                 else
                     tile(kind, how, 2, WIDTH, p, g, r, token);
-#endif
 }
 
 /* A function each, so that kind and arithmetic are constants in it. */
@@ -625,6 +308,7 @@ INLINE int place(enum order order, int i) { /* of what comes to position i of 12
     if (order == NIBBLES) return 4 * (i & 31) + (i >> 5 ^ 1);
     if (order == LONG_NIBBLES) return 8 * (i & 15) + (i >> 4 ^ 1);
     if (order == EVENS) return (i & 96) + 2 * (i & 15) + (i >> 4 & 1);
+    if (order == SPREAD) return (i & 64) + 2 * (2 * (i & 8) + (i >> 1 & 8) + (i & 7)) + (1 ^ (i >> 5 & 1));
     return i;
 }
 
@@ -640,7 +324,7 @@ meeting meet(enum kind kind, int64_t columns, int x_half, int64_t tokens) {
 #ifdef WIDE
     if (nibbles) m.order = m.how == WHOLE ? NIBBLES : LONG_NIBBLES;
 #else
-    if (nibbles) m.order = SPLIT;
+    if (nibbles) m.order = m.how == WHOLE ? SPREAD : SPLIT;
 #endif
     if (kind == DENSE && m.how == WIDENED && VECTOR > 16) m.order = EVENS;
     const int64_t blocks = (columns + BLOCK - 1) / BLOCK, padded = (tokens + MOST_WIDTH - 1) / MOST_WIDTH * MOST_WIDTH;
@@ -678,7 +362,7 @@ INLINE void arrange_piece(enum order order, const meeting *m, const void *x, int
     } else {
         float most = 0;
         for (int i = 0; i < 2 * BLOCK; i++) most = __builtin_fabsf(placed[i]) > most ? __builtin_fabsf(placed[i]) : most;
-        const float rate = most > 0 ? 32767.0f / most : 0, level = order == NIBBLES ? LEVEL : 1;
+        const float rate = most > 0 ? 32767.0f / most : 0, level = order == NIBBLES || order == SPREAD ? LEVEL : 1;
         for (int i = 0; i < 2 * BLOCK; i++) ((int16_t *)token)[at + i] = (int16_t)__builtin_rintf(placed[i] * rate);
         ((float *)(token + 4 * BLOCK * pairs))[at / (2 * BLOCK)] = most / (32767.0f * level);
 #endif
@@ -700,6 +384,7 @@ void arrange(const meeting *m, const void *x, int x_half, int64_t tokens, int64_
             PIECE(NIBBLES);
             PIECE(LONG_NIBBLES);
             PIECE(EVENS);
+            PIECE(SPREAD);
         }
     }
     if (tokens > 1) { /* a single token has no tile of several */

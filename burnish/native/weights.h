@@ -18,6 +18,7 @@
 #elif defined(__AVX2__) && !defined(PORTABLE)
 #define VECTOR 32
 #define MOST_WIDTH 4
+#define WHOLE_NUMBERS 1
 #else
 #define VECTOR 16
 #define MOST_WIDTH 4
@@ -181,8 +182,9 @@ typedef struct {
 } product;
 
 /* How x lies beside the weights: as it is; of 64 positions the even ones before the odd ones; of 128 the four nibbles of
- * 32 little-endian words or the eight of 16; of 32 the even ones before the odd ones. */
-enum order { NATURAL, SPLIT, NIBBLES, LONG_NIBBLES, EVENS };
+ * 32 little-endian words or the eight of 16; of 32 the even ones before the odd ones; of 64 the low nibbles of bytes 0 to 7,
+ * 16 to 23, 8 to 15 and 24 to 31, then the high ones. */
+enum order { NATURAL, SPLIT, NIBBLES, LONG_NIBBLES, EVENS, SPREAD };
 
 /* How `tokens` tokens of x meet a matrix. */
 typedef struct {

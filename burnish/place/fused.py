@@ -38,21 +38,24 @@ LONG = 64  # tokens of a prompt for which building the kernels pays
 
 
 @contextmanager
-def fused(net: Network, prompt: int = 0, steps: int = 0, stepper: Stepper | None = None) -> Iterator[None]:
+def fused(net: Network, prompt: int = 0, steps: int = 0) -> Iterator[None]:
     """Run by the fast path inside the block, where there is one for this network, prompts of up to `prompt` tokens and
-    about so many steps of a `KVCache`.
-
-    Weights must not change in it, nor since `stepper` was made, if one is given.
-    """
-    device = net.embed_tokens.weight.device
-    if steps and device.type in GRAPHED:
+    about so many steps of a `KVCache`. Weights must not change in it."""
+    if steps and net.embed_tokens.weight.device.type in GRAPHED:
         from burnish.place.graphed import graphed
 
         with graphed(net, steps):
             yield
-        return
-    stepper = stepper or stepper_of(net)
-    with training.fused(net) if prompt >= LONG and device.type == "cpu" else nullcontext():
+    else:
+        with stepping(net, stepper_of(net), prompt):
+            yield
+
+
+@contextmanager
+def stepping(net: Network, stepper: Stepper | None, prompt: int = 0) -> Iterator[None]:
+    """`fused` by a stepper made before, since when weights must not have changed; None: by what prompts alone have."""
+    long = prompt >= LONG and net.embed_tokens.weight.device.type == "cpu"
+    with training.fused(net) if long else nullcontext():
         if stepper is None or stepper.net.run_layers is not None:
             yield
             return
