@@ -29,6 +29,7 @@ from burnish.native import products
 
 CHANGES_BASE = True
 STORES_ANEW = True
+PIECE = 1 << 18  # weights rounded at a time
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,17 @@ class Int8(Weight):
 
     @classmethod
     def quantize(cls, dense: Tensor, threshold: float = 0.0) -> Int8:
-        """dense (out, in), any floating dtype."""
-        wide = dense.detach().float()
-        absmax = wide.abs().amax(dim=1)
-        values = torch.round(wide * (127.0 / absmax.clamp(min=1e-30))[:, None]).to(torch.int8)
-        return cls(values, absmax / 127.0, threshold)
+        """dense (out, in), any floating dtype. Some rows at a time: whole matrices in float32 would leave holes between
+        what stays, which the process keeps."""
+        rows, columns = dense.shape
+        values = torch.empty(rows, columns, dtype=torch.int8, device=dense.device)
+        scale = torch.empty(rows, device=dense.device)
+        step = max(1, PIECE // columns)
+        for part, into, absmax in zip(dense.detach().split(step), values.split(step), scale.split(step), strict=True):
+            wide = part.float()
+            torch.amax(wide.abs(), dim=1, out=absmax)
+            into.copy_((wide * (127.0 / absmax.clamp(min=1e-30))[:, None]).round_())
+        return cls(values, scale.div_(127.0), threshold)
 
     @classmethod
     def empty(cls, rows: int, columns: int, threshold: float = 0.0) -> Int8:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from burnish.compress.grouped import Form, Grouped
 from burnish.model.bundle import Context, Model
-from burnish.model.surgery import by_path, linears, select
+from burnish.model.surgery import by_path, linears, select, store_one
 
 CHANGES_BASE = True
 STORES_ANEW = True
@@ -55,7 +55,7 @@ def apply(model: Model, config: Config, context: Context) -> Config:
             rebuild(model, config)
         return config
     for path, linear in targets:
-        linear.weight = config.form(path).round(linear.weight.dequantize())
+        store_one(linear, config.form(path).round)
     return config
 
 

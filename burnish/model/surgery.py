@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from burnish import device
 from burnish.config import UserError, nearest
-from burnish.model.linear import Linear
+from burnish.model.linear import Linear, Weight
 from burnish.model.network import Network
 
 
@@ -67,8 +69,15 @@ def store(net: Network, targets: Sequence[str] | str, kind: Any, **options: Any)
             reserve(net, paths, kind, **options)
         return paths
     for _, linear in found:
-        linear.weight = kind.quantize(linear.weight.dequantize(), **options)
+        store_one(linear, partial(kind.quantize, **options))
     return paths
+
+
+def store_one(linear: Linear, quantize: Callable[[Tensor], Weight]) -> None:
+    """Store the matrix as `quantize` makes it. What that took goes back to the system, since the next one's temporaries
+    may not fit between what stays, and the holes would add up."""
+    linear.weight = quantize(linear.weight.dequantize())
+    device.return_freed_memory()
 
 
 def reserve(net: Network, paths: Sequence[str], kind: Any, **options: Any) -> None:

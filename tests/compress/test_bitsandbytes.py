@@ -8,7 +8,7 @@ import torch
 
 from burnish import chain
 from burnish.chain import forward
-from burnish.compress import four_bit
+from burnish.compress import four_bit, int8
 from burnish.compress.fp4 import FP4
 from burnish.compress.int8 import Int8
 from burnish.compress.nf4 import NF4
@@ -111,7 +111,9 @@ def test_nf4_of_many_numbers():
 
 @pytest.mark.parametrize("kind", ["normal", "outliers", "zeros", "constant"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_int8(shape, kind):
+@pytest.mark.parametrize("piece", [int8.PIECE, 300])
+def test_int8(monkeypatch, shape, kind, piece):
+    monkeypatch.setattr(int8, "PIECE", piece)
     x = matrix(*shape, kind)
     values, scale, _ = bnb.int8_vectorwise_quant(x)
     weight = Int8.quantize(x)
