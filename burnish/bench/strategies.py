@@ -30,6 +30,7 @@ from burnish.store.hub import resolve
 from burnish.store.tensors import write_json
 
 ROUNDS = 2
+NARROW = ("strategy", "latency", "first token", "a token", "tokens/s", "memory", "of bandwidth")  # of `COLUMNS`
 PROMPT = "Question: Where was Odile Kinlow born? Answer:"
 
 
@@ -123,16 +124,24 @@ def rows_of(name: str, rounds: Sequence[Job], batch_sizes: Sequence[int], limits
     return rows
 
 
-def table(found: dict[str, Any]) -> Any:
-    """The rows for a terminal."""
+def table(found: dict[str, Any], width: int | None = None) -> Any:
+    """The rows for a terminal of `width` columns (the console's by default); below 130 some are left out."""
+    import rich
     from rich import box
     from rich.table import Table
 
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    for column in COLUMNS:
-        out.add_column(column, justify="left" if column == COLUMNS[0] else "right", no_wrap=True)
+    wide = (width or rich.get_console().width) >= 130
+    batches = len({row["batch_size"] for row in found["rows"]}) > 1
+    shown = [at for at, name in enumerate(COLUMNS) if wide or name in NARROW or (name == "batch" and batches)]
+    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
+    for at in shown:
+        name = COLUMNS[at]
+        wraps, title = name in ("strategy", "memory"), name.replace(" ", "\n")
+        out.add_column(title, justify="right" if at else "left", no_wrap=not wraps, overflow="fold")
     for row in found["rows"]:
-        out.add_row(*cells(row))
+        ok = row["status"] == "ok"
+        every = cells(row) if ok else [row["strategy"], str(row["batch_size"]), row["status"], *[""] * len(COLUMNS)]
+        out.add_row(*(every[at] for at in shown))
     return out
 
 
@@ -150,8 +159,7 @@ def run(config: BenchConfig) -> int:
         return 0
     rich.print(table(found))
     for row in found["rows"]:
-        if row["status"] == "ok":
-            print(f"{row['strategy']}: {row['text']!r}")
+        print(f"{row['strategy']}: {row['text']!r}" if row["status"] == "ok" else f"{row['strategy']}: {row['error']}")
     limits = found["limits"]
     print(
         f"limits of this machine: {limits['read_bytes_per_second'] / 1e9:.1f} GB/s read, "

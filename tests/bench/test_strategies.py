@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 import tiny
+from rich.console import Console
 
 from burnish import cli
-from burnish.bench.strategies import BenchConfig, bench, rows_of
+from burnish.bench.strategies import BenchConfig, bench, rows_of, table
 from burnish.bench.strategies_page import page
 from burnish.bench.strategy_job import weights
 from burnish.config import UserError
@@ -38,6 +40,28 @@ def test_every_strategy_is_timed_and_shows_its_text(root, tmp_path, capsys):
         assert row["peak_memory_bytes"] > 0 and row["load_seconds"] > 0
         assert 0 < row["of_bandwidth"] < 1 and 0 < row["of_matrix_rate"] < 1
     assert found["limits"]["read_bytes_per_second"] > 1e8
+
+
+def row(strategy: str, **found: object) -> dict[str, object]:
+    time = {"mean": 13941.7, "std": 1466.4, "p50": 14160.2, "p95": 15267.5}
+    return {
+        "strategy": strategy, "batch_size": 1, "status": "ok", "error": None, "latency_ms": time,
+        "first_token_ms": 780.8, "per_token_ms": 692.7, "tokens_per_second": 1.43, "peak_memory_bytes": 2463481856,
+        "rank_memory_bytes": [2463481856, 1588592640], "load_seconds": 0.33, "of_bandwidth": 0.05,
+        "of_matrix_rate": 0.27, **found,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_the_table_fits_its_terminal(width):
+    """Every figure that has a column is whole; what failed takes no room."""
+    rows = [row("int8+tensor_parallel+fused"), row("offload", status="failed", error="no disk " * 40)]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table({"rows": rows}, width))
+    text = console.export_text()
+    assert "…" not in text and max(map(len, text.splitlines())) <= width and "disk" not in text
+    assert all(found in text for found in ("13,942 ± 1,466", "781", "693", "1.43", "2.29 GiB", "5%", "failed"))
+    assert ("14,160" in text) == (width == 140)
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
