@@ -5,11 +5,12 @@
 The model is a random 134M Llama that transformers writes in bfloat16; peft writes the adapter that both start from.
 Every run is a process of its own, over one fixed batch, so that the losses of both fall in the same course. burnish
 runs its own `train`; peft a plain loop with fused AdamW and the Trainer's clipping, in every combination of
-`autocast_adapter_dtype` and `torch.compile`, and with the model itself in float32, which takes twice the bytes and is
-the only usable way on a processor for which torch has no fast products of bfloat16; the fastest is the one compared
-with. Rounds go through the runs forwards and backwards in turn. A step's time is the median over the rounds' steps
-after the first two, in seconds and in CPU seconds of the process, which others on the machine disturb less; memory is
-the peak resident size above what the imports took. Compiling starts from an empty cache; its time is the first step's.
+`autocast_adapter_dtype` and `torch.compile`, and both with the model itself in float32, which takes twice the bytes
+and is peft's only usable way on a processor for which torch has no fast products of bfloat16; peft's fastest is the
+one compared with. Rounds go through the runs forwards and backwards in turn. A step's time is the median over the
+rounds' steps after the first two, in seconds and in CPU seconds of the process, which others on the machine disturb
+less; memory is the peak resident size above what the imports took. Compiling starts from an empty cache; its time is
+the first step's.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "peft": {"compile": False, "autocast_adapter_dtype": True},
     "peft, bf16 adapter": {"compile": False, "autocast_adapter_dtype": False},
     "burnish, compile": {"compile": True},
+    "burnish, float32": {"compile": False, "dtype": "float32"},
     "peft, compile": {"compile": True, "autocast_adapter_dtype": True},
     "peft, bf16 adapter, compile": {"compile": True, "autocast_adapter_dtype": False},
     "peft, float32": {"compile": False, "autocast_adapter_dtype": True, "dtype": "float32"},
@@ -167,11 +169,15 @@ def train_peft(meter: Meter, model: Any, case: dict[str, Any], steps: int, compi
     return meter.result()
 
 
-def run_burnish(folder: Path, case: dict[str, Any], steps: int, compile: bool) -> dict[str, Any]:
+def run_burnish(
+    folder: Path, case: dict[str, Any], steps: int, compile: bool, dtype: str = "bfloat16"
+) -> dict[str, Any]:
+    import torch
+
     from burnish.store.checkpoint import load
 
     meter = Meter()
-    return train_burnish(meter, load(folder / case["adapter"]), case, steps, compile)
+    return train_burnish(meter, load(folder / case["adapter"], getattr(torch, dtype)), case, steps, compile)
 
 
 def base_of_peft(folder: Path, dtype: str = "bfloat16") -> Any:
