@@ -94,6 +94,7 @@ def split(net: Transformer, ranks: Ranks) -> None:
             f"tensor_parallel: {spec.num_heads} attention heads cannot be dealt out evenly to {world} ranks; "
             f"start {' or '.join(possible) or 'layer_parallel with 2'} of them"
         )
+    split_vocabulary(net, ranks)  # first: it is here as a whole, where projections may still be in their files
     for path, module in list(net.named_modules()):
         try:
             if isinstance(module, Attention):
@@ -110,7 +111,6 @@ def split(net: Transformer, ranks: Ranks) -> None:
         if spec.positions == "relative":
             table = stack.relative_bias.weight[:, stack.heads].detach().clone()
             stack.relative_bias = nn.Embedding.from_pretrained(table)
-    split_vocabulary(net, ranks)
     if decoder is not None:
         decoder.embed_tokens = net.embed_tokens
 
