@@ -30,7 +30,8 @@ from burnish.store.hub import resolve
 from burnish.store.tensors import write_json
 
 ROUNDS = 2
-NARROW = ("strategy", "latency", "first token", "a token", "tokens/s", "memory", "of bandwidth")  # of `COLUMNS`
+NARROW = ("strategy", "latency", "first token", "a token", "memory", "of bandwidth")  # of `COLUMNS`
+OF_BATCHES = ("batch", "tokens/s")  # where they differ
 PROMPT = "Question: Where was Odile Kinlow born? Answer:"
 
 
@@ -132,7 +133,8 @@ def table(found: dict[str, Any], width: int | None = None) -> Any:
 
     wide = (width or rich.get_console().width) >= 130
     batches = len({row["batch_size"] for row in found["rows"]}) > 1
-    shown = [at for at, name in enumerate(COLUMNS) if wide or name in NARROW or (name == "batch" and batches)]
+    kept = (*NARROW, *OF_BATCHES) if batches else NARROW
+    shown = [at for at, name in enumerate(COLUMNS) if wide or name in kept]
     out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
     for at in shown:
         name = COLUMNS[at]

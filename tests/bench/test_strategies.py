@@ -60,8 +60,8 @@ def test_the_table_fits_its_terminal(width):
     console.print(table({"rows": rows}, width))
     text = console.export_text()
     assert "…" not in text and max(map(len, text.splitlines())) <= width and "disk" not in text
-    assert all(found in text for found in ("13,942 ± 1,466", "781", "693", "1.43", "2.29 GiB", "5%", "failed"))
-    assert ("14,160" in text) == (width == 140)
+    assert all(found in text for found in ("13,942 ± 1,466", "781", "693", "2.29 GiB", "5%", "failed"))
+    assert [found in text for found in ("14,160", "1.43")] == 2 * [width == 140]
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
