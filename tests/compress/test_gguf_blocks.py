@@ -149,14 +149,16 @@ def test_the_error_is_near_llama_cpps(name, source):
 @pytest.mark.parametrize("shape", [(5, 256), (130, 768)])
 @torch.no_grad()
 def test_products(name, shape):
+    """Errors are beside the lengths of what is multiplied: its product may be next to nothing."""
     weight = GGUF(FORMATS[name], blocks(name, *shape))
     dense, bias = weight.dequantize(), torch.randn(shape[0])
-    for dtype, close in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
+    for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         for tokens in (1, 2, 3, 8, 32, 40):
             x = torch.randn(tokens, shape[1]).to(dtype)
             want = x.float() @ dense.T + bias
+            lengths = x.float().norm(dim=1, keepdim=True) * dense.norm(dim=1) + bias.abs()
             for got in (weight.matmul(x, bias), plainly(lambda x=x: weight.matmul(x, bias))):
-                assert got.dtype == dtype and error(got.float(), want) < close
+                assert got.dtype == dtype and ((got.float() - want).abs() / lengths).max() < close
 
 
 @torch.no_grad()
