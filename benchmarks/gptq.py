@@ -30,7 +30,8 @@ from burnish.compress import calibration
 
 LENGTH = 256
 PEER = """
-import json, sys, time, torch
+import json, os, sys, time, torch
+os.environ["GPTQMODEL_CPU_WORKERS"] = "2"  # its default on two cores is one, which it then refuses
 torch.set_num_threads(max(2, int(sys.argv[4])))  # it has no fewer workers
 from gptqmodel import GPTQModel, QuantizeConfig
 rows = json.load(open(sys.argv[1]))
