@@ -11,7 +11,8 @@ test fact is trained on, so that what a method adds is access, not knowledge. Me
 - stability: pseudo tokens around each manual wording; how far the wordings then lie apart, and without them
 
 What trains is run with three learning rates for every seed and ends with the parameters whose loss on the development
-facts was the least; of the three runs the one that answers most of these facts counts.
+facts was the least; of the three runs the one that answers most of these facts counts, the first where several do (what
+answers all of them ends the search).
 """
 
 from __future__ import annotations

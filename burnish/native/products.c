@@ -9,9 +9,9 @@
  * result does not depend on its batch (but in the last case):
  *
  * - float32 activations meet weights widened to float32;
- * - bfloat16 activations, where the processor multiplies 16-bit integers (AVX-512 VNNI, AVX2), are rounded to 16 bits per 128
- *   positions, a 256th of their own rounding at the largest of them, and meet int8 weights as they are and NF4's levels
- *   in 14 bits; so do activations of any dtype for GGUF's blocks, whose own programs round them to 8 bits;
+ * - bfloat16 activations, where the processor multiplies 16-bit integers (AVX-512 VNNI, AVX2), are rounded to 16 bits per
+ *   128 positions, a 256th of their own rounding at the largest of them, and meet int8 weights as they are and NF4's
+ *   levels in 14 bits; so do activations of any dtype for GGUF's blocks, whose own programs round them to 8 bits;
  * - bfloat16 activations meet several tokens' bfloat16 weights in pairs, where the processor can (AVX-512 BF16).
  *
  * An NF4 byte holds two neighbours, the first in the high nibble. A lookup takes a nibble of each word of several bytes, so

@@ -53,7 +53,8 @@ def fused(net: Network, prompt: int = 0, steps: int = 0) -> Iterator[None]:
 
 @contextmanager
 def stepping(net: Network, stepper: Stepper | None, prompt: int = 0) -> Iterator[None]:
-    """`fused` by a stepper made before, since when weights must not have changed; None: by what prompts alone have."""
+    """`fused` on a CPU by a stepper made before, since when weights must not have changed. None: the network has no
+    steps of its own, and long prompts alone take their kernels."""
     long = prompt >= LONG and net.embed_tokens.weight.device.type == "cpu"
     with training.fused(net) if long else nullcontext():
         if stepper is None or stepper.net.run_layers is not None:
