@@ -15,6 +15,7 @@ from burnish import chain
 from burnish.bench.tasks import Metric, Task, load_task, parse_task
 from burnish.config import UserError
 from burnish.engine.loss import evaluate
+from burnish.engine.masking import held_out
 from burnish.engine.order import collated, encode
 from burnish.model.bundle import Model
 from burnish.model.example import IGNORE, Example
@@ -53,7 +54,7 @@ def measure(model: Model, task: Task | str | Mapping[str, Any], rows: Sequence[E
     """
     if not isinstance(task, Task):
         task = load_task(parse_task(task))
-    examples = list(encode(model, task.encode(model, task.test) if rows is None else list(rows)))
+    examples = list(held_out(model, encode(model, task.encode(model, task.test) if rows is None else list(rows))))
     if task.metric == "perplexity":
         return math.exp(evaluate(model, examples))
     right = (ranked if task.metric == "rank_classification" else answered)(model, examples)
@@ -169,7 +170,7 @@ def run(config: EvalConfig) -> int:
 
 def by_relation(model: Model, task: Task) -> dict[str, float]:
     """The share of right answers for each relation of a knowledge task."""
-    right = answered(model, list(encode(model, task.encode(model, task.test))))
+    right = answered(model, held_out(model, encode(model, task.encode(model, task.test))))
     groups: dict[str, list[bool]] = {}
     for row, good in zip(task.test, right, strict=True):
         groups.setdefault(row["relation"], []).append(good)

@@ -28,7 +28,7 @@ from burnish.config import UserError, to_mapping
 from burnish.engine import checkpointing
 from burnish.engine.checkpointing import Progressed
 from burnish.engine.loss import distillation_sum, evaluate, loss_sum
-from burnish.engine.masking import masked
+from burnish.engine.masking import clozes, masked
 from burnish.engine.optim import adamw, gradient_norm, lr_factor, parameter_groups, scale_gradients
 from burnish.engine.order import Order, encode
 from burnish.engine.paging import PagedAdamW
@@ -97,11 +97,13 @@ class _Run:
         self.model = model
         self.config = config
         self.progress = progress
-        self.order = Order(model, encode(model, examples), config)
-        self.eval_examples = encode(model, eval_examples or [])
+        examples, self.eval_examples = encode(model, examples), encode(model, eval_examples or [])
         if config.mlm_probability:  # the same tokens at every evaluation
             share = config.mlm_probability
             self.eval_examples = masked(self.eval_examples, model.tokenizer, share, config.seed, epoch=-1)
+        else:
+            examples, self.eval_examples = clozes(model, examples), clozes(model, self.eval_examples)
+        self.order = Order(model, examples, config)
         self.parameters = model.trainable()
         steps_per_epoch = len(self.order.epoch(0))
         self.total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)

@@ -44,9 +44,12 @@ def shared_log_probabilities(net: Network, hidden: Tensor, labels: Tensor, owner
     hidden, labels = beside_labels(net, hidden, labels)
     rows, steps = (labels != IGNORE).nonzero(as_tuple=True)
     used, place = (owner[rows] * labels.shape[1] + steps).unique(return_inverse=True)
-    states = hidden.flatten(0, 1)[used]
-    logs = torch.cat([net.logits(part).float().log_softmax(-1) for part in states.split(TOKENS_PER_CHUNK)])
-    return logs[place, labels[rows, steps]], rows
+    wanted, found = labels[rows, steps], torch.zeros(len(rows), device=hidden.device)
+    for start in range(0, len(used), TOKENS_PER_CHUNK):
+        states = hidden.flatten(0, 1)[used[start : start + TOKENS_PER_CHUNK]]
+        here = (place >= start) & (place < start + TOKENS_PER_CHUNK)
+        found[here] = net.logits(states).float().log_softmax(-1)[place[here] - start, wanted[here]]
+    return found, rows
 
 
 def means(values: Tensor, rows: Tensor, count: int) -> Tensor:

@@ -23,6 +23,14 @@ def linears(net: Network) -> Iterator[tuple[str, Linear]]:
             yield re.sub(r"(\.base)+$", "", path), module
 
 
+def expression(pattern: str, where: str) -> re.Pattern[str]:
+    """A regular expression of the user's. Raises UserError, its message starting with `where`, for one that is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{where}: '{pattern}' is no regular expression: {error}; any text is '.*'") from None
+
+
 def select(net: Network, targets: Sequence[str] | str) -> list[tuple[str, Linear]]:
     """The Linears that `targets` name: "all-linear", module names, in burnish's or the family's own Hugging Face
     words, path suffixes, or one regular expression over whole paths. Raises UserError when a target matches nothing,
@@ -42,7 +50,8 @@ def select(net: Network, targets: Sequence[str] | str) -> list[tuple[str, Linear
         return {path, aliases.get(path, path)}
 
     if isinstance(targets, str):
-        chosen = [pair for pair in found if any(re.fullmatch(targets, name) for name in names(pair[0]))]
+        whole = expression(targets, "target_modules")
+        chosen = [pair for pair in found if any(whole.fullmatch(name) for name in names(pair[0]))]
         if chosen:
             return chosen
         targets = [targets]
@@ -94,15 +103,17 @@ def by_path(pattern: Mapping[str, Any], net: Network, paths: Sequence[str], wher
     found: dict[str, Any] = {}
     matched: set[str] = set()
     aliases = net.layout.modules
+    ends = {key: re.compile(rf"(.*\.)?({expression(key, where or 'pattern').pattern})") for key in pattern}
     for path in paths:
         names = (path, aliases.get(path, path))
-        hits = [key for key in pattern if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names)]
+        hits = [key for key, end in ends.items() if any(end.fullmatch(name) for name in names)]
         matched |= {*hits}
         if hits:
             found[path] = pattern[hits[0]]
     for key in pattern:
         if where and key not in matched:
-            raise UserError(f"{where}: '{key}' matches none of target_modules")
+            leaves = sorted({name.rpartition(".")[2] for path in paths for name in (path, aliases.get(path, path))})
+            raise UserError(f"{where}: '{key}' matches none of target_modules{nearest(key, leaves)}")
     return found
 
 

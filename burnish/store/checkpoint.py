@@ -33,7 +33,7 @@ from burnish.place.units import movable
 from burnish.store import adapters, gguf_tokenizer, gptq_layout
 from burnish.store.gguf_model import TABLE, opened
 from burnish.store.hub import resolve
-from burnish.store.identity import identity
+from burnish.store.identity import base_record, check_base, identity
 from burnish.store.tensors import Entry, Held, Later, heading, read_folder, write_json, write_tensors
 from burnish.store.tokenizer import load_tokenizer, save_tokenizer
 
@@ -87,17 +87,14 @@ def load(
         extras = read_folder(folder, "burnish") if (folder / "burnish.safetensors").exists() else {}
         source = source if saved.get("complete", True) else based_on(folder, saved)
     base = resolve(source)
-    if base != folder and saved.get("identity") and identity(base) != saved["identity"]:
-        raise UserError(
-            f"{folder}: made for a base with identity {saved['identity'][:12]}, but {base} has {identity(base)[:12]}; "
-            "give the base that it was trained on"
-        )
     gguf = opened(base) if base.is_file() else None
     hf_config = gguf.config if gguf else read_json(base / "config.json")
     quantization = hf_config.pop("quantization_config", None)
     quantised = base == folder and not (folder / "model.safetensors").exists() and bool(extras)
     entries = {} if quantised or gguf else read_folder(base)
     spec = read_spec(hf_config, head, {*entries, *extras})
+    if base != folder and saved.get("identity"):
+        check_base(saved, spec, identity(base), f"{folder}, on {base}", "give the base that it was trained on")
     if spec.paired and not chain and adapter is None and chains.exchanges_head(techniques):
         spec = read_spec(hf_config, "none", {*entries, *extras})
     with torch.device("meta"):
@@ -350,7 +347,7 @@ def save(model: Model, folder: str | Path) -> Path:
     if stale:
         raise UserError(f"{folder}: holds {', '.join(stale)} of another kind of checkpoint; choose another folder")
     record: dict[str, Any] = {"format": 1, "complete": found.complete, "chain": chains.describe(model)}
-    record |= {"identity": model.identity, "base": model.path}
+    record |= {**base_record(model.spec, model.identity), "base": model.path}
     if found.foreign:
         write_tensors(found.foreign, folder / "model.safetensors")
     if alone:

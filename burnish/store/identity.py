@@ -5,11 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from burnish.config import UserError
+from burnish.model.spec import Spec
 from burnish.store.tensors import write_json
 
 KEPT = 1000  # checkpoints whose identity is remembered
+SHAPE = ("family", "hidden_size", "num_layers", "num_heads", "vocab_size")  # by which people tell bases apart
+
+
+def base_record(spec: Spec, identity: str) -> dict[str, Any]:
+    """What a folder without weights of its own keeps of its base, for `check_base`."""
+    return {"identity": identity, "shape": {name: getattr(spec, name) for name in SHAPE}}
+
+
+def check_base(saved: Mapping[str, Any], spec: Spec, found: str, where: str, instead: str) -> None:
+    """Raise UserError, its message starting with `where`, if a record of `base_record` is not of the base with this
+    spec and the identity `found`; `instead` is what to do. An identity that is "" fits all."""
+    wanted = saved.get("identity") or found
+    if not found or wanted == found:
+        return
+    here = {name: getattr(spec, name) for name in SHAPE}
+    differs = [f"{name} {old}, not {here[name]}" for name, old in saved.get("shape", {}).items() if old != here[name]]
+    what = ", ".join(differs) or "the same shape, other weights"
+    raise UserError(f"{where}: made for another base: {what} (identity {wanted[:12]}, not {found[:12]}); {instead}")
 
 
 def weight_files(folder: Path) -> list[Path]:

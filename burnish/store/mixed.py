@@ -14,6 +14,7 @@ from burnish.model.linear import Linear
 from burnish.store import adapters
 from burnish.store.checkpoint import read_json
 from burnish.store.hub import resolve
+from burnish.store.identity import check_base
 from burnish.store.tensors import Entry
 from burnish.tune.lora import Config
 from burnish.tune.mixing import Adapters, Mixed
@@ -47,10 +48,7 @@ def _read(model: Model, where: str, source: str | Path, taken: bool) -> tuple[Co
     adapter = adapters.read(folder, saved.get("chain", []))
     if adapter.technique != "lora":
         raise UserError(f"{where}: {folder} is not LoRA as burnish has it; load it alone")
-    if saved.get("identity") and model.identity and saved["identity"] != model.identity:
-        raise UserError(
-            f"{where}: made for a base with identity {saved['identity'][:12]}, this model has {model.identity[:12]}"
-        )
+    check_base(saved, model.spec, model.identity, where, "load it onto its own")
     mapping, tensors = adapters.lora_of(model.net, adapter)
     config: Any = from_mapping(Config, mapping, where)
     if config.modules_to_save or config.bias != "none":

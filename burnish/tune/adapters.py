@@ -3,12 +3,13 @@
     y = W x + b,    out = y + U f(D y + d) + u,    D in R^{size x hidden} Gaussian, U in R^{hidden x size} zero
 
 so that training starts at the base's outputs. They stand where a sub-block's output projection ends, before the
-residual is added: behind attention and feed-forward, with trained layer norms ("houlsby": arXiv 1902.00751, section
-2.1), or behind the feed-forward alone ("pfeiffer": AdapterFusion, arXiv 2005.00247, section 3.1; here at the same
-place, not behind the sum and its norm). A head trains where it is new: [transfer, adapters]. The projection may have
-any `Weight`; D and U are kept in float32 and applied in the activations' dtype.
+residual is added: behind attention and feed-forward, with trained layer norms and classification head ("houlsby":
+arXiv 1902.00751, section 2.1), or behind the feed-forward alone ("pfeiffer": AdapterFusion, arXiv 2005.00247, section
+3.1; here at the same place, not behind the sum and its norm). The projection may have any `Weight`; D and U are kept in
+float32 and applied in the activations' dtype.
 
-Limits: nothing to merge, as f is not linear; models through transformers need output projections with a usual name.
+Limits: nothing to merge, as f is not linear; models through transformers need output projections with a usual name;
+saved in burnish's own format, as peft has no bottleneck adapters.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from burnish.model.network import Network
 from burnish.model.surgery import replace as put
 from burnish.model.transformer import ACTIVATIONS
 from burnish.tune.roles import projections
+from burnish.tune.unfreeze import unfreeze
 
 ROLES = {"houlsby": ("attention output", "feed-forward output"), "pfeiffer": ("feed-forward output",)}
 STD = 0.01  # of D's start, cut at two of them (Houlsby et al., section 3.1)
@@ -33,14 +35,15 @@ STD = 0.01  # of D's start, cut at two of them (Houlsby et al., section 3.1)
 
 @dataclass(frozen=True)
 class Config:
-    """`reduction_factor`: hidden size over bottleneck, instead of `size`. `train_norms`: None for the placement's
-    own, True for houlsby."""
+    """`reduction_factor`: hidden size over bottleneck, instead of `size`. `train_norms`, and `train_head` of a
+    classifier: None for the placement's own, True for houlsby."""
 
     size: int = 64
     reduction_factor: float | None = None
     placement: Literal["houlsby", "pfeiffer"] = "houlsby"
     activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "gelu"
     train_norms: bool | None = None
+    train_head: bool | None = None
 
 
 class Adapter(nn.Module):
@@ -66,7 +69,8 @@ class Adapter(nn.Module):
 def apply(model: Model, config: Config, context: Context) -> Config:
     """Wrap the output projections; the resolved config has the bottleneck's size.
 
-    Raises UserError for a size below 1, and where a model's output projections are not found.
+    Raises UserError for a size below 1, `train_head` without a classifier, and where a model's output projections are
+    not found.
     """
     size, factor = config.size, config.reduction_factor
     if factor is not None:
@@ -74,8 +78,12 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     if size < 1:
         what = f"size is {size}" if factor is None else f"reduction_factor is {factor}"
         raise UserError(f"technique 'adapters': {what}; the bottleneck needs at least 1 of {model.spec.hidden_size}")
-    norms_too = config.placement == "houlsby" if config.train_norms is None else config.train_norms
-    config = replace(config, size=size, reduction_factor=None, train_norms=norms_too)
+    own = config.placement == "houlsby"
+    norms_too = own if config.train_norms is None else config.train_norms
+    head_too = own and model.spec.head == "classification" if config.train_head is None else config.train_head
+    if head_too and model.spec.head != "classification":
+        raise UserError(f"technique 'adapters': train_head is for classifiers; this model's head is {model.spec.head}")
+    config = replace(config, size=size, reduction_factor=None, train_norms=norms_too, train_head=head_too)
     rebuild(model, config)
     generator = torch.Generator().manual_seed(context.seed)
     for module in model.net.modules():
@@ -92,6 +100,8 @@ def rebuild(model: Model, config: Config) -> None:
             put(model.net, path, lambda base: Adapter(base, width, config))
     for norm in norms(model.net) if config.train_norms else ():
         norm.requires_grad_(True)
+    for head in model.net.head_modules() if config.train_head else ():
+        unfreeze(head)
 
 
 def norms(net: Network) -> list[nn.Module]:

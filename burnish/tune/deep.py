@@ -37,14 +37,17 @@ class PrefixEncoder(nn.Module):
             parameter.zero_()
 
 
-def check(model: Model, name: str, length: int, instead: str) -> None:
-    """Raise UserError where no keys and values can stand before the input; `instead` are techniques that work there."""
+def check(model: Model, name: str, length: int, middle: int, instead: str) -> None:
+    """Raise UserError where no keys and values can stand before the input, `instead` being techniques that work there,
+    and for an MLP of no units."""
     spec = model.spec.decoder
     if not spec.num_kv_heads:
         what = f"a {spec.family} {spec.kind} keeps no key-value cache to put a prefix into"
         raise UserError(f"technique '{name}': {what}; use {instead}")
     if length < 1:
         raise UserError(f"technique '{name}': num_virtual_tokens is {length}; at least 1 is needed")
+    if middle < 1:
+        raise UserError(f"technique '{name}': encoder_hidden_size is {middle}; at least 1 is needed")
     if any(isinstance(module, PrefixEncoder) for module in model.net.techniques.values()):
         raise UserError(f"technique '{name}': the model has a prefix already; keep one of the two")
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from burnish.config import UserError
+from burnish.config import UserError, nearest
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import Dense, Linear, Weight, by_tokens, is_flat
 from burnish.model.network import Network
@@ -190,8 +190,13 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     for name, rank in ranks.items():
         if rank < 1:
             raise UserError(f"technique 'lora': {name} is {rank}; it must be at least 1")
+    if not 0 <= config.lora_dropout < 1:
+        raise UserError(f"technique 'lora': lora_dropout is {config.lora_dropout}; it must be at least 0 and below 1")
+    if config.target_modules is not None and not config.target_modules:
+        raise UserError("technique 'lora': target_modules is empty; name projections, or leave it away")
     saved = saved_modules(model.net, config.modules_to_save or [])
-    chosen = select(model.net, config.target_modules or list(model.net.layout.lora_targets))
+    targets = list(model.net.layout.lora_targets) if config.target_modules is None else config.target_modules
+    chosen = select(model.net, targets)
     paths = sorted(path for path, _ in chosen if path not in saved)
     patterns: dict[str, Any] = {
         option: by_path(getattr(config, option), model.net, paths, f"technique 'lora': {option}")
@@ -236,7 +241,9 @@ def saved_modules(net: Network, names: Sequence[str]) -> list[str]:
     for name in names:
         hits = [path for path in native if any(ends(full, name) for full in (path, aliases[path]))]
         if not hits:
-            raise UserError(f"technique 'lora': modules_to_save: '{name}' is no module of this {net.spec.family} model")
+            leaves = {part for path in native for part in (*path.split("."), *aliases[path].split("."))}
+            what = f"'{name}' is no module of this {net.spec.family} model{nearest(name, sorted(leaves))}"
+            raise UserError(f"technique 'lora': modules_to_save: {what}")
         found += hits
     for path in found:
         if shared(net, path):

@@ -80,11 +80,18 @@ def state(model: Model) -> PromptEncoder:
 
 def apply(model: Model, config: Config, context: Context) -> Config:
     """Add the prompt encoder. Raises UserError for a template without pseudo tokens or a column, or with a mask that
-    the model does not have."""
+    the model does not have, or that shows the answer."""
     found = parts(config.template)
     for kind, need in (("soft", "[P*3]"), ("field", "{prompt}")):
         if not any(k == kind for k, _ in found):
             raise UserError(f"technique '{NAME}': template '{config.template}' has no {need}; add it where it belongs")
+    if ("soft", 0) in found:
+        raise UserError(f"technique '{NAME}': template '{config.template}' has [P*0]; a group has at least one token")
+    if ("field", "completion") in found:
+        raise UserError(
+            f"technique '{NAME}': template '{config.template}' shows the model the answer; leave {{completion}} away, "
+            "it follows the template"
+        )
     if MASK in config.template and not getattr(model.tokenizer, "mask_token", None):
         what = f"a {model.spec.family} {model.spec.kind} has no such token and writes its answer at the end"
         raise UserError(f"technique '{NAME}': template '{config.template}' has {MASK}: {what}; leave it away")

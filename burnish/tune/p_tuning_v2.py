@@ -40,7 +40,7 @@ class Config:
 def apply(model: Model, config: Config, context: Context) -> Config:
     """Add the prefix. Raises UserError for a network that takes none."""
     spec = model.spec
-    deep.check(model, NAME, config.num_virtual_tokens, "prompt_tuning or p_tuning")
+    deep.check(model, NAME, config.num_virtual_tokens, config.encoder_hidden_size, "prompt_tuning or p_tuning")
     if spec.kind == "encoder" and not isinstance(model.net, Transformer):
         raise UserError(
             f"technique '{NAME}': a {spec.family} encoder, run by transformers, takes no prefix; "

@@ -10,7 +10,6 @@ and options that change the base weights or let them train are refused.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from torch import Tensor
 from burnish.config import UserError, nearest, to_mapping, type_name
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import Dense, Linear
+from burnish.model.surgery import expression
 from burnish.model.surgery import replace as put
 from burnish.tune.folding import folded
 
@@ -178,9 +178,10 @@ def targets(given: Any, paths: dict[str, str], name: str) -> Any:
     if given is None or given == "all-linear":
         return given
     if isinstance(given, str):
-        if any(re.fullmatch(given, path) for path in paths):
+        whole = expression(given, f"technique '{name}'")
+        if any(whole.fullmatch(path) for path in paths):
             return given
-        given = [path for path, native in paths.items() if re.fullmatch(given, native)] or [given]
+        given = [path for path, native in paths.items() if whole.fullmatch(native)] or [given]
     found: list[str] = []
     for target in given:
         if any(path == target or path.endswith(f".{target}") for path in paths):

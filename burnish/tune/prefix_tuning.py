@@ -47,7 +47,7 @@ def apply(model: Model, config: Config, context: Context) -> Config:
             f"technique '{NAME}': a {spec.family} encoder keeps no key-value cache to put a prefix into; "
             "use p_tuning_v2, or prompt_tuning"
         )
-    deep.check(model, NAME, config.num_virtual_tokens, "prompt_tuning or p_tuning")
+    deep.check(model, NAME, config.num_virtual_tokens, config.encoder_hidden_size, "prompt_tuning or p_tuning")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
         rebuild(model, config)

@@ -53,7 +53,7 @@ def apply(model: Model, config: Config, context: Context) -> Config:
         if not 0 <= frozen <= count:
             raise UserError(f"technique 'transfer': freeze_layers is {frozen}; the model has {count} layers")
         config = replace(config, train_layers=count - frozen if frozen else -1, freeze_layers=None)
-    if config.train_layers > count:
+    if not -1 <= config.train_layers <= count:
         raise UserError(f"technique 'transfer': train_layers is {config.train_layers}; the model has {count} layers")
     if config.label_names is not None and len(config.label_names) != config.num_labels:
         raise UserError(

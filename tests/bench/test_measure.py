@@ -48,6 +48,28 @@ def test_perplexity_is_exp_of_the_mean_loss(root, tmp_path):
     assert found == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)
 
 
+def test_a_masked_model_is_not_shown_what_it_is_to_tell(root, tmp_path):
+    model, theirs = burnish.load(tiny.folder(root, "bert")), tiny.reference("bert")
+    marks = model.tokenizer.cls_token_id, model.tokenizer.mask_token_id, model.tokenizer.sep_token_id
+    prompts = ["is the cat red ?", "who runs ?", "the small bird", "what", "2 3 4"]
+    rows, path = [], tmp_path / "rows.jsonl"
+    for prompt in prompts:
+        ids = [marks[0], *model.tokenizer(prompt, add_special_tokens=False)["input_ids"], marks[1], marks[2]]
+        with torch.no_grad():
+            told = int(theirs(input_ids=torch.tensor([ids])).logits[0, -2].argmax())
+        word = " " + model.tokenizer.convert_ids_to_tokens(told)
+        if model.tokenizer(word, add_special_tokens=False)["input_ids"] == [told]:
+            rows.append({"prompt": prompt, "completion": word})
+    assert len(rows) > 2
+    task = {"name": "mine", "data": str(path), "eval_data": str(path)}
+    for right, wanted in ((rows, 1.0), ([{**row, "completion": " nine"} for row in rows], 0.0)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in right))
+        assert measure(model, task) == wanted
+    path.write_text("".join(json.dumps({"text": "the cat sees a red fish"}) + "\n" for _ in range(5)))
+    assert 20 < measure(model, task) < 500  # of 80 words, untrained; shown the words it would be told them
+    assert measure(model, task) == measure(model, task)
+
+
 def test_eval_verb(root, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "the cat", "completion": " runs"}\n' * 3)
@@ -66,7 +88,7 @@ def test_latency(root, family, head):
 CHOICES = [" yes", " no", " a big fish", " the dog sees a bird"]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "stablelm"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "stablelm", "bert", "t5"])
 def test_rank_classification_is_a_loop_over_choices(root, tmp_path, family):
     foreign = family in tiny_foreign.CONFIGS
     model = burnish.load((tiny_foreign if foreign else tiny).folder(root, family))
@@ -82,8 +104,18 @@ def test_rank_classification_is_a_loop_over_choices(root, tmp_path, family):
 
     def score(prompt: str, choice: str) -> float:
         before, after = (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, choice))
+        if family == "bert":  # [CLS] prompt [MASK]... [SEP]
+            marks = model.tokenizer.cls_token_id, model.tokenizer.mask_token_id, model.tokenizer.sep_token_id
+            given = {"input_ids": torch.tensor([[marks[0], *before, *[marks[1]] * len(after), marks[2]]])}
+            judged = slice(len(before) + 1, -1)
+        elif family == "t5":
+            source = [*before, model.tokenizer.eos_token_id]
+            given = {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([[0, *after[:-1]]])}
+            judged = slice(None)
+        else:
+            given, judged = {"input_ids": torch.tensor([before + after])}, slice(len(before) - 1, -1)
         with torch.no_grad():
-            logs = theirs(input_ids=torch.tensor([before + after])).logits.log_softmax(-1)[0, len(before) - 1 : -1]
+            logs = theirs(**given).logits.log_softmax(-1)[0, judged]
         return sum(logs[i, token].item() for i, token in enumerate(after)) / len(after)
 
     best = [max(CHOICES, key=lambda choice: score(row["prompt"], choice)) == row["completion"] for row in rows]

@@ -11,7 +11,9 @@ import pytest
 import tiny
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional as F
 
 import burnish
 from burnish import chain
@@ -250,6 +252,55 @@ def test_lora_goes_to_peft_and_back(root, tmp_path):
     other.peft_config["default"].base_model_name_or_path = str(folder)
     other.save_pretrained(tmp_path / "peft")
     assert_same(burnish.load(tmp_path / "peft"), other)
+
+
+@pytest.mark.parametrize(
+    ("techniques", "config"),
+    [
+        ({"lora": {"r": 4, "use_dora": True}}, peft.LoraConfig(r=4, target_modules=["q", "wi"], use_dora=True)),
+        ({"ia3": {"peft_compatible": True}}, peft.IA3Config()),
+    ],
+    ids=["dora", "ia3"],
+)
+def test_other_adapters_go_to_peft_and_back(root, tmp_path, techniques, config):
+    folder = tiny.folder(root, "t5")
+    config.task_type = "SEQ_2_SEQ_LM"
+    other = peft.get_peft_model(tiny.reference("t5"), config).eval()
+    model = chain.apply(burnish.load(folder), techniques)
+    with torch.no_grad():
+        for parameter in [*model.trainable().values(), *(p for p in other.parameters() if p.requires_grad)]:
+            parameter += 0.2 * torch.randn(parameter.shape)
+    saved = save(model, tmp_path / "adapter")
+    assert_same(model, peft.PeftModel.from_pretrained(tiny.reference("t5"), saved).eval())
+    other.peft_config["default"].base_model_name_or_path = str(folder)
+    other.save_pretrained(tmp_path / "peft")
+    assert_same(burnish.load(tmp_path / "peft"), other)
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
+def test_adapters_are_the_formula_in_every_sub_block(root, tmp_path, placement):
+    model = chain.apply(burnish.load(tiny.folder(root, "t5")), {"adapters": {"size": 5, "placement": placement}})
+    with torch.no_grad():
+        for parameter in model.trainable().values():
+            parameter += 0.2 * torch.randn(parameter.shape)
+    stored = load_file(save(model, tmp_path) / "burnish.safetensors")
+    theirs, layout = tiny.reference("t5"), model.net.layout
+    wrapped = {name.removesuffix(".down") for name in stored if name.endswith(".down")}
+    ends = ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo")[2 * (placement == "pfeiffer") :]
+    assert {layout.modules[path] for path in wrapped} == {
+        name for name, _ in theirs.named_modules() if name.endswith(ends)
+    }
+    for path in wrapped:
+        down, down_bias, up, up_bias = (stored.pop(f"{path}.{leaf}") for leaf in ("down", "down_bias", "up", "up_bias"))
+
+        def hook(module, inputs, y, parts=(down, down_bias, up, up_bias)):
+            return y + F.gelu(y @ parts[0].T + parts[1]) @ parts[2].T + parts[3]
+
+        theirs.get_submodule(layout.modules[path]).register_forward_hook(hook)
+    assert bool(stored) == (placement == "houlsby")
+    for name, tensor in stored.items():
+        theirs.get_parameter(layout.tensors[name]).data.copy_(tensor)
+    assert_same(model, theirs)
 
 
 def test_the_encoder_alone_equals_transformers(root, tmp_path):

@@ -128,6 +128,23 @@ def test_with_a_new_head_the_head_trains(root):
     assert not any(name.startswith("embed_tokens") for name in model.trainable())
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_classifiers_own_head_trains_and_is_saved(root, tmp_path, family):
+    base = tiny.folder(root, family, "classification")
+    head = {name for name, _ in load(base).net.named_parameters() if name.startswith(("score", "pooler"))}
+    assert head and not head & set(applied(base, placement="pfeiffer").trainable())
+    assert not head & set(applied(base, train_head=False).trainable())
+    model = applied(base)
+    assert head <= set(model.trainable())
+    disturb(model)
+    again = load(save(model, tmp_path / "adapters"))
+    assert set(again.trainable()) == set(model.trainable())
+    for name in head:
+        assert torch.equal(again.net.get_parameter(name), model.net.get_parameter(name))
+    with pytest.raises(UserError, match="train_head is for classifiers; this model's head is"):
+        applied(tiny.folder(root, family), train_head=True)
+
+
 @pytest.mark.parametrize("before", [[], ["int8"], ["nf4"]])
 def test_bfloat16_gives_gradients_to_float32_parameters(root, before):
     model = chain.apply(load(tiny.folder(root, "llama")), [*before, {"adapters": {"size": 4}}])

@@ -166,8 +166,12 @@ def test_the_known_norm_follows_every_change(root):
     [
         ("gpt2", {"modules_to_save": ["lm_head"]}, "'lm_head' shares its matrix"),
         ("gpt2", {"modules_to_save": ["wte"]}, "'embed_tokens' shares its matrix"),
-        ("llama", {"modules_to_save": ["lm_haed"]}, "modules_to_save: 'lm_haed' is no module of this llama model"),
-        ("llama", {"rank_pattern": {"k_proj": 2}}, "rank_pattern: 'k_proj' matches none of target_modules"),
+        ("llama", {"modules_to_save": ["lm_haed"]}, "modules_to_save: 'lm_haed' is no module .* mean 'lm_head'"),
+        ("llama", {"rank_pattern": {"k_proj": 2}}, "rank_pattern: 'k_proj' matches none .*mean 'v_proj'"),
+        ("llama", {"rank_pattern": {"*q_proj": 2}}, r"rank_pattern: '\*q_proj' is no regular expression: nothing to"),
+        ("llama", {"target_modules": "q_proj("}, r"target_modules: 'q_proj\(' is no regular expression: missing"),
+        ("llama", {"target_modules": []}, "target_modules is empty"),
+        ("llama", {"lora_dropout": 2.0}, "lora_dropout is 2.0; it must be at least 0 and below 1"),
         ("llama", {"rank_pattern": {"q_proj": 0}}, "rank_pattern: q_proj is 0; it must be at least 1"),
     ],
 )
@@ -197,10 +201,14 @@ def test_an_adapter_says_which_base_it_was_made_for(root, tmp_path):
     record = json.loads(path.read_text())
     other = tiny.write(tmp_path / "other", tiny.reference("llama", initializer_range=0.3))
     path.write_text(json.dumps({**record, "base": str(other)}))
-    with pytest.raises(UserError, match=f"made for a base with identity {record['identity'][:12]}, but .*other has "):
+    same = f"on .*other: made for another base: the same shape, other weights .identity {record['identity'][:12]}, not "
+    with pytest.raises(UserError, match=same):
         load(tmp_path / "adapter")
     wider = tiny.write(tmp_path / "wider", tiny.reference("llama", hidden_size=48))
-    (tmp_path / "adapter" / "burnish.json").unlink()
+    path.write_text(json.dumps({**record, "base": str(wider)}))
+    with pytest.raises(UserError, match="made for another base: hidden_size 32, not 48 "):
+        load(tmp_path / "adapter")
+    path.unlink()
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(wider)}))
     with pytest.raises(UserError, match=r"lora_A has shape \[4, 32\] where \[4, 48\] is needed"):

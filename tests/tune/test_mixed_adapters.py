@@ -145,7 +145,7 @@ def test_mistakes(root, tmp_path, folders):
     with pytest.raises(UserError, match="adapter 'x': .* has no adapter_config.json"):
         burnish.load_adapters(model, {"x": base})
     other = load(tiny.write(tmp_path / "wider", tiny.reference("llama", hidden_size=48)))
-    with pytest.raises(UserError, match="adapter 'fr': made for a base with identity"):
+    with pytest.raises(UserError, match="adapter 'fr': made for another base: hidden_size 32, not 48"):
         burnish.load_adapters(other, {"fr": tmp_path / "fr"})
     (tmp_path / "fr" / "burnish.json").unlink()
     with pytest.raises(

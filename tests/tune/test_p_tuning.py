@@ -146,6 +146,8 @@ def test_a_missing_column_names_those_there_are(root):
         ({"template": "answer {prompt}"}, r"has no \[P\*3\]"),
         ({"template": "[P*3] answer"}, r"has no \{prompt\}"),
         ({"encoder": "gru"}, "encoder"),
+        ({"template": "[P*0] {prompt}"}, r"has \[P\*0\]; a group has at least one token"),
+        ({"template": "[P*2] {completion}"}, "shows the model the answer; leave {completion} away"),
         ({"template": "[P*3] {prompt} [MASK]"}, r"has \[MASK\]: a llama decoder has no such token"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0; give 0 or more"),
     ],

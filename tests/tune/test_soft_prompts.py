@@ -171,6 +171,9 @@ def test_a_prefix_from_words_needs_one_stack_and_words(root):
 def test_an_empty_soft_prompt_is_refused(root, name):
     with pytest.raises(UserError, match="num_virtual_tokens is 0; at least 1 is needed"):
         chain.apply(load(tiny.folder(root, "llama")), {name: {"num_virtual_tokens": 0}})
+    if name != "prompt_tuning":
+        with pytest.raises(UserError, match="encoder_hidden_size is -1; at least 1 is needed"):
+            chain.apply(load(tiny.folder(root, "llama")), {name: {"encoder_hidden_size": -1}})
 
 
 PROMPTS = [

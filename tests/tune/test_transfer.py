@@ -127,6 +127,7 @@ def test_a_new_language_model_head_is_the_models_own(root, tmp_path, family):
             "train_layers and freeze_layers are both given",
         ),
         ("llama", {"transfer": {"freeze_layers": 3}}, "freeze_layers is 3; the model has 2 layers"),
+        ("llama", {"transfer": {"train_layers": -3}}, "train_layers is -3; the model has 2 layers"),
         ("llama", {"full": {"layer_lr_decay": 0}}, "layer_lr_decay is 0.0; it must be above 0"),
         ("t5", {"transfer": {"head": "lm"}}, "a t5 model's encoder gets a classification head only"),
         ("llama", {"transfer": {"head": "lm", "label_names": ["a", "b"]}}, "label_names are a classifier's"),
