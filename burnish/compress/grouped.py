@@ -3,7 +3,7 @@
     w ~ (q - zero) * scale,    q in [0, 2^bits),    zero = 2^(bits - 1) where symmetric
 
 Source: GPTQ (arXiv 2210.17323), section 4, whose grid this is, scales in float16 as its checkpoints store them. On a
-CPU `native.products` multiplies a few tokens by the stored bytes of four bits and expands the matrix for more.
+CPU `native.products` multiplies a few tokens by the stored bytes and expands pieces of the matrix for more.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from burnish.native import products
 
 BITS = (2, 3, 4, 8)
 UNIT = 32  # inputs that the kernels scale at once
+KINDS = {2: products.GROUPED_2, 3: products.GROUPED_3, 4: products.GROUPED, 8: products.GROUPED_8}
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # positive numbers of float16
 
 
@@ -128,7 +129,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 @cache
 def levels(size: int) -> Tensor:
-    """What the kernels of four bits read: the levels without a scale, and how many inputs have one."""
+    """What the kernels read: four bits' levels without a scale, and how many inputs have one."""
     return torch.tensor([*range(-8, 8), size], dtype=torch.float32)
 
 
@@ -144,8 +145,8 @@ class Grouped(Weight):
         self.form, self.shape = form, shape
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        natural = not form.ordered and form.bits == 4 and not shape[1] % 64
-        self.direct = natural and (not self.size % UNIT or self.size == shape[1])
+        self.kind = KINDS[form.bits]
+        self.regular = not shape[1] % (128 if form.bits < 4 else 64) and (not self.size % UNIT or self.size == shape[1])
 
     @classmethod
     def of(cls, form: Form, codes: Tensor, scale: Tensor, zero: Tensor, order: Tensor | None = None) -> Grouped:
@@ -192,18 +193,25 @@ class Grouped(Weight):
         return True
 
     def expand(self, first: int, out: Tensor) -> None:
-        rows = slice(first, first + len(out))
-        if self.direct and products.usable(out.device, out.dtype):
-            products.grouped_dequantize(self.shape, first, self._stored(), out)
-            return
-        columns = self.shape[1]
-        scale, zero = (x[rows].float().repeat_interleave(self.size, 1)[:, :columns] for x in (self.scale, self.zeros()))
-        values = (unpack(self.packed[rows], self.form.bits, columns) - zero) * scale
-        order = self._parameters.get("order")
-        if order is None:
-            out.copy_(values)
+        rows, order = slice(first, first + len(out)), self._parameters.get("order")
+        if self.regular and products.usable(out.device, out.dtype):
+            values = out if order is None else torch.empty_like(out)
+            products.grouped_dequantize(self.kind, self.shape, first, self._stored(), values)
         else:
+            columns, constants = self.shape[1], (self.scale[rows].float(), self.zeros()[rows].float())
+            scale, zero = (x.repeat_interleave(self.size, 1)[:, :columns] for x in constants)
+            values = (unpack(self.packed[rows], self.form.bits, columns) - zero) * scale
+        if order is not None:
             out[:, order] = values.to(out.dtype)
+        elif values is not out:
+            out.copy_(values)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        order = self._parameters.get("order")
+        native = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if order is None or not (native and self.regular and products.fits(x, self.kind)):
+            return super().product(x, bias)
+        return products.matmul(self.kind, x.index_select(1, order), bias, self.shape, self._stored())
 
     def _stored(self) -> products.Stored:
         """As `native` takes it: codes, zero points, scales, levels."""
@@ -213,7 +221,7 @@ class Grouped(Weight):
         return found["packed"], found.get("zero"), scale, None, None, levels(self.size)
 
     def as_stored(self) -> tuple[int, products.Stored] | None:
-        return (products.GROUPED, self._stored()) if self.direct else None
+        return (self.kind, self._stored()) if self.regular and not self.form.ordered else None
 
     def shard(self, dim: int, spans: Spans) -> Grouped:
         """The same codes and scales. Inputs are cut between groups only."""

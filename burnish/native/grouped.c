@@ -1,12 +1,45 @@
-/* The expansion of four-bit weights in groups. */
+/* The expansion of weights in groups. */
 
 #include "grouped.h"
 
+static void put(float value, int half, int64_t at, void *out) {
+    if (half)
+        ((uint16_t *)out)[at] = narrow(value);
+    else
+        ((float *)out)[at] = value;
+}
+
+/* A row of other than four bits into out's from `to` on. */
+static void expand_row(enum kind kind, const matrix *w, int64_t row, int64_t size, int half, int64_t to, void *out) {
+    const int64_t groups = (w->columns + size - 1) / size;
+    const uint8_t *bytes = w->bytes + row * stored(kind, w->columns);
+    for (int64_t first = 0; first < w->columns; first += BLOCK) {
+        int8_t codes[BLOCK];
+        whole_codes(kind, bytes, w->columns, first / BLOCK, codes);
+        for (int i = 0; i < BLOCK; i += GROUP_UNIT) {
+            const int64_t at = row * groups + (first + i) / size;
+            const float scale = from_half(((const uint16_t *)w->constants)[at]);
+            const int shift = w->codes ? middle_of(kind) - w->codes[at] : 0;
+            for (int j = i; j < i + GROUP_UNIT; j++) put((codes[j] + shift) * scale, half, to + first + j, out);
+        }
+    }
+}
+
 /* out (count, columns) float32, or bfloat16 where out_half: the rows from `first` of a matrix. */
-void grouped_dequantize(const uint8_t *bytes, const uint8_t *zeros, const float *scales, const float *unused,
+void grouped_dequantize(int kind, const uint8_t *bytes, const uint8_t *zeros, const float *scales, const float *unused,
                         const float *unused_too, const float *levels, int64_t rows, int64_t columns, int64_t first,
                         int64_t count, void *out, int out_half, int threads) {
     const int64_t size = (int64_t)levels[16], groups = (columns + size - 1) / size;
+    if (kind != GROUPED) {
+        const matrix w = {bytes, zeros, scales, NULL, NULL, levels, rows, columns};
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (int64_t row = 0; row < count; row++) {
+            if (kind == GROUPED_2) expand_row(GROUPED_2, &w, first + row, size, out_half, row * columns, out);
+            if (kind == GROUPED_3) expand_row(GROUPED_3, &w, first + row, size, out_half, row * columns, out);
+            if (kind == GROUPED_8) expand_row(GROUPED_8, &w, first + row, size, out_half, row * columns, out);
+        }
+        return;
+    }
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t task = 0; task < count * groups; task++) {
         const int64_t row = first + task / groups, start = task % groups * size, end = min(start + size, columns);
@@ -18,10 +51,7 @@ void grouped_dequantize(const uint8_t *bytes, const uint8_t *zeros, const float 
         for (int64_t i = start; i < end; i++) {
             const float value = table[one_by_one(i % 2 ? from[i / 2] & 15 : from[i / 2] >> 4)];
             const int64_t at = task / groups * columns + i;
-            if (out_half)
-                ((uint16_t *)out)[at] = narrow(value);
-            else
-                ((float *)out)[at] = value;
+            put(value, out_half, at, out);
         }
     }
 }

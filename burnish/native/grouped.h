@@ -1,9 +1,15 @@
-/* Four-bit weights in groups: `bytes` two weights each, the first in the high nibble; `constants` a float16 scale for each
- * group of a row and `codes` its zero point, null where all are 8; `levels` sixteen numbers, -8 to 7, and the size of a
- * group, a multiple of GROUP_UNIT or the whole row.
+/* Weights of few bits in groups: `constants` a float16 scale for each group of a row and `codes` its zero point, null where
+ * all are the middle code; `levels` sixteen numbers, -8 to 7, and the size of a group, a multiple of GROUP_UNIT or the
+ * whole row. `bytes` are, of
  *
- * A weight is (level + 8 - zero) * scale. The levels are multiplied as NF4's are, with a scale for each GROUP_UNIT; what
- * the zero points add is a product with the sums of GROUP_UNIT activations. */
+ * - four bits, two weights each, the first in the high nibble;
+ * - two bits, four weights each, from the lowest bits on the second, first, fourth and third;
+ * - three bits, the upper two of a row as such, then the lowest, bit i ^ 1 of a byte being its i-th weight's;
+ * - eight bits, one weight each.
+ *
+ * A weight is (code - middle + middle - zero) * scale. Four bits are multiplied as NF4's levels are, with a scale for each
+ * GROUP_UNIT, the others as whole numbers less the middle; what the zero points add is a product with the sums of
+ * GROUP_UNIT activations. */
 
 #pragma once
 #include "weights.h"
@@ -11,15 +17,40 @@
 #define GROUP_UNIT 32
 #define GROUPED_LEVEL 512.0f /* that stands for 1 among whole numbers, where NF4's is 8191 */
 
-/* Floats that a thread keeps for a row's constants: for GROUPED the scales of all units, then what zero points add. */
-INLINE int64_t constants_of(enum kind kind, int64_t blocks) { return kind == GROUPED ? 4 * even(blocks) : blocks + 1; }
+INLINE int in_groups(enum kind kind) { return kind >= GROUPED && kind <= GROUPED_8; }
+
+/* Of other than four bits, which have no levels. */
+INLINE int in_codes(enum kind kind) { return kind > GROUPED && kind <= GROUPED_8; }
+
+INLINE int middle_of(enum kind kind) {
+    return kind == GROUPED_2 ? 2 : kind == GROUPED_3 ? 4 : kind == GROUPED ? 8 : 128;
+}
+
+/* Floats that a thread keeps for a row's constants: in groups the scales of all units, then what zero points add. */
+INLINE int64_t constants_of(enum kind kind, int64_t blocks) { return in_groups(kind) ? 4 * even(blocks) : blocks + 1; }
+
+/* The codes of 64 weights of a row, the `block`-th, less the middle one; not inlined, for the code's size. */
+static __attribute__((noinline, unused)) void whole_codes(enum kind kind, const uint8_t *row, int64_t columns,
+                                                          int64_t block, int8_t *out) {
+    if (kind == GROUPED_8) {
+        for (int i = 0; i < BLOCK; i++) out[i] = (int8_t)(row[block * BLOCK + i] ^ 128);
+        return;
+    }
+    const uint8_t *pairs = row + block * (BLOCK / 4), *bits = row + columns / 4 + block * (BLOCK / 8);
+    for (int i = 0; i < BLOCK; i++) {
+        int code = pairs[i / 4] >> 2 * (i % 4 ^ 1) & 3;
+        if (kind == GROUPED_3) code = 2 * code + (bits[i / 8] >> (i % 8 ^ 1) & 1);
+        out[i] = (int8_t)(code - middle_of(kind));
+    }
+}
 
 /* A row's constants, unit by unit. */
-INLINE void expand_groups(const matrix *w, int64_t row, int64_t blocks, enum arithmetic how, float *out) {
+INLINE void expand_groups(enum kind kind, const matrix *w, int64_t row, int64_t blocks, enum arithmetic how, float *out) {
     const int64_t size = (int64_t)w->levels[16], groups = (w->columns + size - 1) / size, units = 2 * even(blocks);
     const uint16_t *scales = (const uint16_t *)w->constants + row * groups;
     const uint8_t *zeros = w->codes ? w->codes + row * groups : NULL;
-    const float level = how == WHOLE ? 8191.0f / GROUPED_LEVEL : 1;
+    const float one = kind == GROUPED ? GROUPED_LEVEL : 1, level = how == WHOLE && kind != GROUPED_8 ? 8191.0f / one : 1;
+    const float middle = (float)middle_of(kind);
     int64_t unit = 0;
     __builtin_prefetch(scales + 4 * groups); /* of a row soon to come */
     if (zeros) __builtin_prefetch(zeros + 4 * groups);
@@ -38,7 +69,7 @@ INLINE void expand_groups(const matrix *w, int64_t row, int64_t blocks, enum ari
             _mm512_mask_storeu_ps(out + unit, kept, _mm512_permutexvar_ps(of_unit, out_scale));
             if (zeros) {
                 const __m512 zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, zeros + g)));
-                const __m512 added = _mm512_mul_ps(scale, _mm512_sub_ps(_mm512_set1_ps(8), zero));
+                const __m512 added = _mm512_mul_ps(scale, _mm512_sub_ps(_mm512_set1_ps(middle), zero));
                 _mm512_mask_storeu_ps(out + units + unit, kept, _mm512_permutexvar_ps(of_unit, added));
             }
         }
@@ -46,7 +77,7 @@ INLINE void expand_groups(const matrix *w, int64_t row, int64_t blocks, enum ari
     }
 #endif
     for (int64_t g = 0; g < groups; g++) {
-        const float scale = from_half(scales[g]), shift = zeros ? 8.0f - zeros[g] : 0;
+        const float scale = from_half(scales[g]), shift = zeros ? middle - zeros[g] : 0;
         const int64_t end = min((g + 1) * size, w->columns) / GROUP_UNIT;
         for (; size % (4 * GROUP_UNIT) == 0 && unit < end; unit += 4) /* a last one's rest meets zeros */
             for (int i = 0; i < 4; i++) {
@@ -87,5 +118,16 @@ INLINE chunk expand_grouped(const float *levels, const uint8_t *bytes, const flo
     chunk c = expand_nf4(levels, bytes, 1);
 #pragma GCC unroll 16
     for (int i = 0; i < PARTS; i++) c.part[i] *= scales[i % (PARTS / 2) >= PARTS / 4];
+    return c;
+}
+
+/* The same of codes, in order. */
+INLINE chunk expand_codes(enum kind kind, const uint8_t *row, int64_t columns, int64_t block, const float *scales) {
+    int8_t codes[BLOCK];
+    flat values;
+    chunk c;
+    whole_codes(kind, row, columns, block, codes);
+    for (int i = 0; i < BLOCK; i++) values.floats[i] = codes[i] * scales[i / GROUP_UNIT];
+    memcpy(&c, &values, sizeof c);
     return c;
 }

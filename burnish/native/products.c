@@ -1,6 +1,6 @@
 /* Products of few tokens with stored weights on a CPU, for the threads of one team.
  *
- * out (tokens, rows) = x (tokens, columns) W^T + bias, for W stored as NF4 blocks of 64, four bits in groups, int8 rows,
+ * out (tokens, rows) = x (tokens, columns) W^T + bias, for W stored as NF4 blocks of 64, few bits in groups, int8 rows,
  * bfloat16, float32 or GGUF's blocks.
  * The stored bytes are read from memory once and expanded in registers.
  * At few tokens the product is bound by the bytes of W that memory delivers, and memory gives most where several rows, far
@@ -10,8 +10,8 @@
  *
  * - float32 activations meet weights widened to float32;
  * - bfloat16 activations, where the processor multiplies 16-bit integers (AVX-512 VNNI, AVX2), are rounded to 16 bits per
- *   128 positions, a 256th of their own rounding at the largest of them, and meet int8 weights as they are and NF4's
- *   levels in 14 bits; so do activations of any dtype for GGUF's blocks, whose own programs round them to 8 bits;
+ *   128 positions, a 256th of their own rounding at the largest of them, and meet int8 weights and codes of groups as they
+ *   are and NF4's levels in 14 bits; so do activations of any dtype for GGUF's blocks, whose own programs round them to 8 bits;
  * - bfloat16 activations meet several tokens' bfloat16 weights in pairs, where the processor can (AVX-512 BF16).
  *
  * An NF4 byte holds two neighbours, the first in the high nibble. A lookup takes a nibble of each word of several bytes, so
@@ -20,10 +20,12 @@
 
 #include "tiles.h"
 #include "whole.h"
+#include "codes.h"
 
 /* 64 weights, the `block`-th of a row. */
 INLINE chunk expand(enum kind kind, int half, const matrix *w, const lines *rows, int r, int64_t block) {
     const uint8_t *from = rows->bytes[r] + stored(kind, block * BLOCK);
+    if (in_codes(kind)) return expand_codes(kind, rows->bytes[r], w->columns, block, rows->scales[r] + 2 * block);
     for (int64_t at = 0; at < stored(kind, BLOCK); at += 64) FETCH(from + at);
     if (kind == NF4) return expand_nf4(w->levels, from, rows->scales[r][block]);
     if (kind == GROUPED) return expand_grouped(w->levels, from, rows->scales[r] + 2 * block);
@@ -63,8 +65,8 @@ INLINE void plain_tile(enum kind kind, int half, int height, int width, const pr
         store(kind, height < HEIGHT ? height : HEIGHT, width, p, sums + r, g, r0 + r, token);
 }
 
-/* The same of GGUF's blocks, without unrolling the rows, for the code's size. */
-INLINE void gguf_tile(enum kind kind, int height, int width, const product *p, const group *g, int64_t r0,
+/* The same without unrolling the rows, for the code's size. */
+INLINE void compact_tile(enum kind kind, int height, int width, const product *p, const group *g, int64_t r0,
                       int64_t token) {
     const char *x = p->x + token * p->stride;
     const lines rows = lines_of(kind, height, p->w, g, r0);
@@ -73,10 +75,7 @@ INLINE void gguf_tile(enum kind kind, int height, int width, const product *p, c
     for (int64_t b = 0; b < g->blocks; b++, x += 4 * BLOCK) {
 #pragma GCC unroll 1
         for (int r = 0; r < height; r++) {
-            chunk c;
-            FETCH(rows.bytes[r] + stored(kind, b * BLOCK));
-            expand_32(kind, rows.bytes[r], 2 * b, c.part);
-            expand_32(kind, rows.bytes[r], 2 * b + 1, c.part + HALF_PARTS);
+            const chunk c = expand(kind, 0, p->w, &rows, r, b);
             EVERY(i, PARTS) EVERY(t, width)
                 sums[r][t] = dot(c.part[i], x + t * p->stride + i * VECTOR, sums[r][t], 0);
         }
@@ -200,13 +199,17 @@ INLINE void tile(enum kind kind, enum arithmetic how, int height, int width, con
         gguf_whole_tile(kind, height, width, p, g, r0, token);
         return;
     }
+    if (how == WHOLE && in_codes(kind)) {
+        codes_tile(kind, height, width, p, g, r0, token);
+        return;
+    }
     if (how == WHOLE) {
         whole_tile(kind, height, width, p, g, r0, token);
         return;
     }
 #endif
-    if (kind >= Q8_0) {
-        gguf_tile(kind, height, width, p, g, r0, token);
+    if (kind >= Q8_0 || in_codes(kind)) {
+        compact_tile(kind, height, width, p, g, r0, token);
         return;
     }
 #ifdef WIDE
@@ -242,8 +245,8 @@ INLINE void rows_of(enum kind kind, enum arithmetic how, const product *p, group
             expand_constants(w, row * g->blocks, g->blocks, scales);
             scales[g->blocks] = 0; /* read where a last block has no pair */
         }
-        if (kind == GROUPED) expand_groups(w, row, g->blocks, how, g->scales + r * constants_of(kind, g->blocks));
-        if (rest) {
+        if (in_groups(kind)) expand_groups(kind, w, row, g->blocks, how, g->scales + r * constants_of(kind, g->blocks));
+        if (rest && !in_codes(kind)) {
             memset(g->rests + r * MOST_REST, 0, MOST_REST);
             memcpy(g->rests + r * MOST_REST, w->bytes + (row + 1) * g->row_bytes - rest, rest);
         }
@@ -288,14 +291,23 @@ ROWS_OF(q4_k_rows, Q4_K, OF_GGUF)
 ROWS_OF(q5_k_rows, Q5_K, OF_GGUF)
 ROWS_OF(q6_k_rows, Q6_K, OF_GGUF)
 ROWS_OF(grouped_widened, GROUPED, WIDENED)
+ROWS_OF(grouped_2_widened, GROUPED_2, WIDENED)
+ROWS_OF(grouped_3_widened, GROUPED_3, WIDENED)
+ROWS_OF(grouped_8_widened, GROUPED_8, WIDENED)
 #ifdef WHOLE_NUMBERS
 ROWS_OF(nf4_whole, NF4, WHOLE)
 ROWS_OF(int8_whole, INT8, WHOLE)
 ROWS_OF(grouped_whole, GROUPED, WHOLE)
+ROWS_OF(grouped_2_whole, GROUPED_2, WHOLE)
+ROWS_OF(grouped_3_whole, GROUPED_3, WHOLE)
+ROWS_OF(grouped_8_whole, GROUPED_8, WHOLE)
 #else
 #define nf4_whole nf4_widened
 #define int8_whole int8_widened
 #define grouped_whole grouped_widened
+#define grouped_2_whole grouped_2_widened
+#define grouped_3_whole grouped_3_widened
+#define grouped_8_whole grouped_8_widened
 #endif
 #ifdef PAIRS
 ROWS_OF(dense_halves, DENSE, HALVES)
@@ -319,18 +331,19 @@ meeting meet(enum kind kind, int64_t columns, int x_half, int64_t tokens) {
     if (x_half && kind == DENSE && tokens > 1) m.how = HALVES;
 #endif
 #ifdef WHOLE_NUMBERS
-    if (kind >= Q8_0 || (x_half && (nibbles || kind == INT8))) m.how = WHOLE;
+    if (kind >= Q8_0 || (x_half && (nibbles || kind == INT8 || in_codes(kind)))) m.how = WHOLE;
 #endif
 #ifdef WIDE
     if (nibbles) m.order = m.how == WHOLE ? NIBBLES : LONG_NIBBLES;
 #else
     if (nibbles) m.order = m.how == WHOLE ? SPREAD : SPLIT;
 #endif
+    if ((kind == GROUPED_2 || kind == GROUPED_3) && m.how == WHOLE) m.order = NIBBLES;
     if (kind == DENSE && m.how == WIDENED && VECTOR > 16) m.order = EVENS;
     const int64_t blocks = (columns + BLOCK - 1) / BLOCK, padded = (tokens + MOST_WIDTH - 1) / MOST_WIDTH * MOST_WIDTH;
     m.stride = even(blocks) * BLOCK * (m.how == WIDENED ? 4 : 2);
     if (m.how == WHOLE) m.stride += (even(blocks) * 2 + 63) / 64 * 64; /* a scale for each pair of blocks */
-    if (kind == GROUPED) {
+    if (in_groups(kind)) {
         m.sums = m.stride;
         m.stride += (even(blocks) * 8 + 63) / 64 * 64;
     }
@@ -399,6 +412,9 @@ void multiply(enum kind kind, const meeting *m, const product *p, char *rooms) {
                                      {dense_widened, dense_halves, NULL},
                                      {floats_widened, NULL, NULL},
                                      [GROUPED] = {grouped_widened, NULL, grouped_whole},
+                                     [GROUPED_2] = {grouped_2_widened, NULL, grouped_2_whole},
+                                     [GROUPED_3] = {grouped_3_widened, NULL, grouped_3_whole},
+                                     [GROUPED_8] = {grouped_8_widened, NULL, grouped_8_whole},
                                      [Q8_0] = {[OF_GGUF] = q8_0_rows},
                                      [Q4_0] = {[OF_GGUF] = q4_0_rows},
                                      [Q5_0] = {[OF_GGUF] = q5_0_rows},
@@ -435,7 +451,8 @@ typedef struct {
     int64_t threads;
 } request;
 
-/* Returns 1 where memory is short, else 0. All but int8 needs columns that are a multiple of 64. */
+/* Returns 1 where memory is short, else 0. All but int8 needs columns that are a multiple of 64, two and three bits of
+ * 128. */
 int matmul(const request *q) {
     if (q->tokens > MOST_FEW)
         return multiply_many(q->kind, &q->w, q->x, q->x_half, q->tokens, q->bias, q->out, q->threads);

@@ -22,7 +22,8 @@ from burnish.native import build
 
 DTYPES = (torch.float32, torch.bfloat16)
 NF4, INT8, DENSE, FLOATS, GROUPED = 0, 1, 2, 3, 4
-Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K = range(5, 12)  # GGUF's formats
+GROUPED_2, GROUPED_3, GROUPED_8 = range(5, 8)
+Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K = range(8, 15)  # GGUF's formats
 FEW_TOKENS = 32  # that `products.c` multiplies
 MULTIPLIES_BFLOAT16 = multiplies_bfloat16()
 FEW_DENSE_TOKENS = 4  # above it, a processor that multiplies bfloat16 is faster by torch
@@ -73,10 +74,10 @@ def matmul(kind: int, x: Tensor, bias: Tensor | None, shape: Sequence[int], stor
     return out
 
 
-def grouped_dequantize(shape: tuple[int, int], first: int, stored: Stored, out: Tensor) -> None:
-    """The rows from `first` of a matrix of four bits in groups into out (count, in), float32 or bfloat16."""
+def grouped_dequantize(kind: int, shape: tuple[int, int], first: int, stored: Stored, out: Tensor) -> None:
+    """The rows from `first` of a matrix in groups into out (count, in), float32 or bfloat16."""
     half, threads = out.dtype == torch.bfloat16, _threads(out.numel())
-    ready().grouped_dequantize(*map(_pointer, stored), *shape, first, len(out), _pointer(out), half, threads)
+    ready().grouped_dequantize(kind, *map(_pointer, stored), *shape, first, len(out), _pointer(out), half, threads)
 
 
 def read_memory(memory: Tensor) -> None:
@@ -126,8 +127,9 @@ def as_stored(values: Tensor, constants: Sequence[Tensor], levels: Tensor | None
 
     NF4: values packed (out * in / 2,) uint8, `in` a multiple of 64; constants (absmax float32,) per block of 64, or
     (codes uint8 per block, absmax2 float32 per 256 blocks, offset float32, map (256,) float32); levels (16,) float32.
-    Four bits in groups: packed (out, in / 2) uint8; zero (out, groups) uint8 or None; scale (out, groups) float16; two
-    that are None; and the sixteen levels and the group's size, a multiple of 32 or `in`, float32.
+    In groups: packed (out, in * bits / 8) uint8; zero (out, groups) uint8 or None; scale (out, groups) float16; two
+    that are None; and the sixteen levels and the group's size, a multiple of 32 or `in`, float32; `in` a multiple of
+    64, of two and three bits of 128.
     int8: values (out, in) int8, constants (scale (out,) float32,). Dense: values (out, in) bfloat16 or float32, `in` a
     multiple of 64.
     """
@@ -172,7 +174,7 @@ def _load(extra: Sequence[str] = ()) -> ctypes.CDLL | None:
         found.gguf_quantize.argtypes = [flag, pointer, count, pointer, flag]
         found.gguf_dequantize.argtypes = [flag, pointer, count, pointer, flag, flag]
         found.gguf_quantize.restype = found.gguf_dequantize.restype = None
-        found.grouped_dequantize.argtypes = [*[pointer] * 6, *[count] * 4, pointer, flag, flag]
+        found.grouped_dequantize.argtypes = [flag, *[pointer] * 6, *[count] * 4, pointer, flag, flag]
         found.matmul.restype = found.decode.restype = found.paged_attention.restype = flag
         found.nf4_dequantize.restype = found.int8_dequantize.restype = found.grouped_dequantize.restype = None
     return found

@@ -143,7 +143,7 @@ INLINE void store(enum kind kind, int height, int width, const product *p, lanes
     }
     for (int t = 0; t < width && t < tokens; t++) {
         four total = totals(all, sums[0][t], sums[1][t], sums[2 * all][t], sums[3 * all][t]) * scale + bias;
-        if (kind == GROUPED && p->w->codes)
+        if (in_groups(kind) && p->w->codes)
             for (int r = 0; r < rows; r++) {
                 const float *scales = g->scales + (r0 + r) * constants_of(kind, g->blocks);
                 total[r] += of_zeros(scales, p->x + (token + t) * p->stride + p->sums, g->blocks);

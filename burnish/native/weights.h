@@ -50,7 +50,7 @@
 typedef float lanes __attribute__((vector_size(VECTOR)));
 
 /* From Q8_0 on GGUF's: gguf.h. */
-enum kind { NF4, INT8, DENSE, FLOATS, GROUPED, Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K };
+enum kind { NF4, INT8, DENSE, FLOATS, GROUPED, GROUPED_2, GROUPED_3, GROUPED_8, Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K };
 
 /* NF4: `bytes` two weights each; the constant of block b is constants[b], or with `codes` (one byte per block)
  * map[codes[b]] * constants[b / 256] + offset. int8: `bytes` one weight each and one constant per row. Dense: two bytes a
@@ -108,7 +108,9 @@ INLINE uint64_t one_by_one(uint64_t index) {
 /* Bytes of `count` weights of a row. */
 INLINE int64_t stored(enum kind kind, int64_t count) {
     if (kind >= Q8_0) return gguf_bytes(kind, count);
-    return kind == NF4 || kind == GROUPED ? count / 2 : kind == INT8 ? count : kind == DENSE ? 2 * count : 4 * count;
+    if (kind == NF4 || kind == GROUPED) return count / 2;
+    if (kind == GROUPED_2 || kind == GROUPED_3) return count * (kind == GROUPED_2 ? 2 : 3) / 8;
+    return kind == INT8 || kind == GROUPED_8 ? count : kind == DENSE ? 2 * count : 4 * count;
 }
 
 INLINE lanes multiply_add(lanes a, lanes b, lanes sum) {

@@ -24,10 +24,12 @@ from burnish.native import build, products
 
 EXTRA = {"native": (), "AVX2": ("-march=x86-64-v3",), "portable": ("-DPORTABLE",)}
 GROUPS = [Form(4, 32), Form(4, 128, False), Form(4, -1, False)]
+CODES = [Form(bits, *rest) for bits in (2, 3, 8) for rest in ((32,), (128, False), (-1, False), (64, False))]
 KINDS = [(NF4, True), (NF4, False), (FP4, True), (Int8, None), *((form, None) for form in GROUPS)]
 kinds = pytest.mark.parametrize(
     ("kind", "double"), KINDS, ids=["nf4", "nf4, plain constants", "fp4", "int8", "groups", "zeros", "rows"]
 )
+codes = pytest.mark.parametrize("form", CODES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 TOKENS = [*range(1, products.FEW_TOKENS + 1), 33, 49, 64, 65, 100, 130]
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the size that a product of these norms has
@@ -116,6 +118,41 @@ def test_products_are_the_twins(built, kind, double, dtype, rows, columns):
     for x, pair, twins in zip(inputs, got, want, strict=True):
         assert_product(pair[0], twins[0], x, weight)
         assert_product(pair[1], twins[1], x, weight)
+
+
+@codes
+@dtypes
+@pytest.mark.parametrize("rows", [1, 5, 64])
+@torch.no_grad()
+def test_products_with_other_bits_are_the_twins(built, form, dtype, rows):
+    bias = torch.randn(rows)
+    for columns in (128, 384, *[320] * (form.bits == 8)):
+        weight = quantise(form, None, rows, columns)
+        for tokens in (1, 2, 3, 4, 5, 8, 9, 17, 32, 33, 70):
+            x = activations(tokens, columns, dtype)
+            want = plainly(lambda weight=weight, x=x: weight.matmul(x, bias))
+            with refused():
+                got = weight.matmul(x, bias)
+            assert_product(got, want, x, weight)
+        want = plainly(lambda weight=weight: weight.dequantize_to(dtype))
+        assert torch.equal(weight.dequantize_to(dtype), want)
+
+
+@dtypes
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@torch.no_grad()
+def test_products_with_groups_of_another_order(built, bits, dtype):
+    form, draw = Form(bits, 32, False, ordered=True), torch.Generator().manual_seed(bits)
+    codes, scale, zero = form.nearest(torch.randn(9, 256, generator=draw))
+    codes = codes.to(torch.uint8).view(9, 256)
+    weight = Grouped.of(form, codes, scale, zero, torch.randperm(256, generator=draw))
+    assert torch.equal(weight.dequantize(), plainly(weight.dequantize))
+    for tokens in (1, 7, 40):
+        x = activations(tokens, 256, dtype)
+        want = plainly(lambda x=x: weight.matmul(x))
+        with refused():
+            got = weight.matmul(x)
+        assert_product(got, want, x, weight)
 
 
 @dtypes
