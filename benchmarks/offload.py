@@ -1,15 +1,15 @@
 """A model four times as large as the memory that it may take: its tokens a second, against the disk's own rate.
 
-    python benchmarks/offload.py [--tokens 12] [--threads 2] [--folder MODEL]
+    python benchmarks/offload.py [--tokens 12] [--threads 2] [--layers 44] [--folder MODEL]
 
-The model is a random Llama of 0.85 thousand million parameters in bfloat16. A process imports burnish, whose resident
-bytes are the base, and generates under a memory limit of the base and a quarter of the model's bytes, greedily, one
-prompt of 8 tokens; the first token, with which everything is read for the first time, is not counted. Bytes read are
-the kernel's count (/proc/self/io). Since a disk's rate changes by the second, the same process reads the model's file
-once after every token, by direct reads of the same size with as many threads and nothing else, once what was sent for
-ahead is there: the share is a token's rate of reading over that of the two passes around it, and beside it over the
-fastest of all passes. Another process generates the same tokens with the model in memory; they must be equal. Writes
-benchmarks/results/offload.json.
+The model is a random Llama in bfloat16, of 44 layers 2.1 thousand million parameters. A process that may take a
+quarter of the model's bytes in all, torch and burnish included, in a cgroup that kills it beyond where one can be
+made, generates greedily, one prompt of 8 tokens; the first token, with which everything is read for the first time,
+is not counted. Bytes read are the kernel's count (/proc/self/io). Since a disk's rate changes by the second, the same
+process reads the model's file once after every token, by direct reads of the same size with as many threads and
+nothing else, once what was sent for ahead is there: the share is a token's rate of reading over that of the two passes
+around it, and beside it over the fastest of all passes. Another process generates the same tokens with the model in
+memory; they must be equal. Writes benchmarks/results/offload.json.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ import argparse
 import json
 import mmap
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,9 @@ from typing import Any
 from qlora_memory import SHAPE, write_model
 
 PROMPT = [5, 17, 29, 311, 2048, 7, 19, 23]
-SHARE = 4  # the limit is the base and the model's bytes over this
+SHARE = 4  # the limit is the model's bytes over this
+GROUPS = [Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")]  # of version 2 and 1
+ROOM = 32 << 20  # that the cgroup counts besides the process's resident bytes: page tables, buffers of the kernel
 RESULT = Path(__file__).parent / "results" / "offload.json"
 
 
@@ -79,7 +84,7 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"base_bytes": device.resident_memory()}
     limit = None
     if task["limited"]:
-        limit = found["memory_limit_bytes"] = found["base_bytes"] + path.stat().st_size // SHARE
+        limit = found["memory_limit_bytes"] = path.stat().st_size // SHARE
     began = time.perf_counter()
     model = load(path.parent, memory_limit=limit)
     found["load_seconds"] = time.perf_counter() - began
@@ -117,9 +122,30 @@ def settle() -> None:
         time.sleep(0.05)
 
 
-def spawn(task: dict[str, Any]) -> dict[str, Any]:
+@contextmanager
+def confined(limit: int) -> Iterator[Path | None]:
+    """A memory cgroup of so many bytes; None where none can be made."""
+    for parent in GROUPS:
+        group = parent / f"burnish-offload-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        files = [group / name for name in ("memory.max", "memory.limit_in_bytes")]
+        file = next((file for file in files if os.access(file, os.W_OK)), None)
+        if file is not None:
+            file.write_text(str(limit + ROOM))
+        yield group if file is not None else None
+        group.rmdir()
+        return
+    yield None
+
+
+def spawn(task: dict[str, Any], group: Path | None = None) -> dict[str, Any]:
     paths = {"OMP_NUM_THREADS": str(task["threads"]), "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, __file__, "--worker", json.dumps(task)]
+    if group is not None:
+        command = ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh", *command]
     done = subprocess.run(command, env={**os.environ, **paths}, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -128,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--tokens", type=int, default=12, help="counted ones, after the first")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=44)
     parser.add_argument("--folder", type=Path, help="where the model is, or is written; else a temporary folder")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -137,19 +164,27 @@ def main() -> None:
 
     from burnish.device import environment
 
+    shape = {**SHAPE, "num_hidden_layers": arguments.layers}
     with tempfile.TemporaryDirectory() as name:
         folder = arguments.folder or Path(name)
         if not (folder / "config.json").exists():
-            write_model(folder)
-        task = {"folder": str(folder), "tokens": arguments.tokens, "threads": arguments.threads}
-        runs = {name: spawn(task | {"limited": name == "offload"}) for name in ("offload", "in memory")}
+            write_model(folder, shape)
         size = (folder / "model.safetensors").stat().st_size
+        task = {"folder": str(folder), "tokens": arguments.tokens, "threads": arguments.threads}
+        with confined(size // SHARE) as group:
+            runs = {"offload": {**spawn(task | {"limited": True}, group), "in_a_cgroup": group is not None}}
+        runs["in memory"] = spawn(task | {"limited": False})
     assert runs["offload"].pop("ids") == runs["in memory"].pop("ids")
     report = {
-        "command": f"python benchmarks/offload.py --tokens {arguments.tokens} --threads {arguments.threads}",
+        "command": shlex.join(["python", "benchmarks/offload.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": environment(),
-        "work": {"shape": SHAPE, "model_bytes": size, "prompt_tokens": len(PROMPT), "threads": arguments.threads},
+        "work": {
+            "shape": {**SHAPE, "num_hidden_layers": arguments.layers},
+            "model_bytes": size,
+            "prompt_tokens": len(PROMPT),
+            "threads": arguments.threads,
+        },
         "runs": runs,
     }
     RESULT.write_text(json.dumps(report, indent=2) + "\n")

@@ -50,15 +50,15 @@ RUNS: dict[str, dict[str, Any]] = {
 RESULT = Path(__file__).parent / "results" / "qlora_memory.json"
 
 
-def write_model(folder: Path) -> None:
-    """The base with a one-word tokenizer."""
+def write_model(folder: Path, shape: dict[str, Any] = SHAPE) -> None:
+    """The base, in one file, with a one-word tokenizer."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder, max_shard_size="100GB")
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a").save_pretrained(folder)
 
