@@ -170,10 +170,11 @@ def test_the_smallest_size_can_be_had(root, tmp_path, capsys):
     assert main([*words, str(tmp_path / "small"), "--target-size", least]) == 0
 
 
-def test_what_is_quantised_already(root, tmp_path):
-    save(chain.apply(load(tiny.folder(root, "llama")), ["nf4"]), tmp_path / "nf4")
-    words = ["quantize", str(tmp_path / "nf4"), "--method", "int_groups", "--target-size", "90%"]
+def test_what_is_tuned_already(root, tmp_path, capsys):
+    save(chain.apply(load(tiny.folder(root, "llama")), ["lora"]), tmp_path / "tuned")
+    words = ["quantize", str(tmp_path / "tuned"), "--method", "int_groups", "--target-size", "90%"]
     assert main([*words, "--output-dir", str(tmp_path / "no")]) == 2
+    assert "is tuned or quantised already" in capsys.readouterr().err
 
 
 def test_mixed_bits_are_nearer_to_pebble_than_three_everywhere():

@@ -169,6 +169,18 @@ def test_the_verbs_take_a_file(wide, tmp_path, capsys):
     assert "is there already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_only_plain_floats_are_quantised_from_the_terminal(wide, tmp_path, capsys, kind):
+    write(load(wide), tmp_path / "m.gguf", kind)
+    words = ["quantize", str(tmp_path / "m.gguf"), "--method", "nf4", "--output-dir", str(tmp_path / "out")]
+    if kind in ("f32", "f16", "bf16"):
+        assert cli.main(words) == 0 and load(tmp_path / "out").chain[0].name == "nf4"
+        return
+    assert cli.main(words) == 2 and not (tmp_path / "out").exists()
+    found = f"m.gguf: embed_tokens is quantised already ({kind}); start from the 16-bit model\n"
+    assert capsys.readouterr().err.endswith(found)
+
+
 def test_layers_read_as_they_run(wide, tmp_path, monkeypatch):
     _, model = exported(wide, tmp_path / "m.gguf", "q4_0")
     monkeypatch.setattr(offload, "choose", lambda sizes, free: set())  # whatever the limit: it all fits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -18,11 +19,13 @@ from burnish.compress import mixed_bits
 from burnish.compress.grouped import BITS, Grouped
 from burnish.config import Bytes, UserError, coerce, to_mapping
 from burnish.engine.proof import Made, ProofOptions, proven
+from burnish.model.linear import Dense, Weight
 from burnish.model.surgery import select
 from burnish.plan import shadow
 from burnish.store import gptq_layout
 from burnish.store.checkpoint import contents, load, save
 from burnish.store.data import encode_rows, read_rows
+from burnish.store.gguf_model import stored_as
 
 LONGEST = 1 << 20  # tokens of a row of calibration text, which is joined and cut anyway
 MIXED = ("int_groups", "gptq")
@@ -53,7 +56,7 @@ class QuantizeConfig(ProofOptions):
 
 def run(config: QuantizeConfig) -> int:
     """Quantise and save; prints the bits that were chosen, each calibrated projection's error, the bytes before and
-    after, and the proof."""
+    after, and the proof. Raises UserError for a model that is quantised already."""
     if config.output_dir is None:
         raise UserError("output_dir: say where the result goes, as in --output-dir runs/small")
     techniques = config.techniques or [config.method]
@@ -64,6 +67,11 @@ def run(config: QuantizeConfig) -> int:
     calibrates = config.target_size or any(getattr(chain.technique(name), "CALIBRATES", False) for name in links)
     if config.data and not calibrates:
         raise UserError(f"data: none of {', '.join(links)} calibrates; leave it away")
+
+    def source() -> Model:
+        model = load(config.model, techniques=techniques)
+        check(model, config.model, links)
+        return model
 
     def write(model: Model, place: Path) -> Made:
         before = size(model)
@@ -82,7 +90,25 @@ def run(config: QuantizeConfig) -> int:
         made.figures |= {"before": before, "after": after}
         return made
 
-    return proven(lambda: load(config.model, techniques=techniques), write, config.output_dir, config)
+    return proven(source, write, config.output_dir, config)
+
+
+def check(model: Model, name: str, links: dict[str, Any]) -> None:
+    """Raise UserError where a matrix of the model is quantised already, or two of `links` would quantise the same."""
+    for path, part in model.net.named_modules():
+        if isinstance(part, Weight) and not isinstance(part, Dense):
+            where = re.sub(r"(\.base)*\.(weight|storage)$", "", path)
+            kind = stored_as(part) or type(part).__name__
+            raise UserError(f"{name}: {where} is quantised already ({kind}); start from the 16-bit model")
+    taken: dict[str, str] = {}
+    for link, options in links.items():
+        if getattr(chain.technique(link), "STORES_ANEW", False):
+            for path, _ in select(model.net, options.target_modules):
+                if taken.setdefault(path, link) != link:
+                    raise UserError(
+                        f"techniques: {taken[path]} and {link} would both quantise {path}; give each target_modules of "
+                        "its own"
+                    )
 
 
 def mixed(model: Model, config: QuantizeConfig, links: dict[str, Any], name: str, context: Context) -> Any:
