@@ -61,7 +61,7 @@ class ProofOptions:
     proof: bool = field(default=True, metadata={"help": "compare what is written with the model that it was made from"})
     prompt_file: Path | None = field(default=None, metadata={"help": "texts to compare on, one a line; else built-in"})
     max_kl: float = field(default=0.1, metadata={"help": "nats a token beyond which the proof warns"})
-    strict: bool = field(default=False, metadata={"help": "write nothing where the proof warns"})
+    strict: bool = field(default=False, metadata={"help": "write nothing where the proof warns, or where there is none"})
     json: bool = field(default=False, metadata={"help": "print JSON objects, the last for the whole"})
 
 
@@ -113,6 +113,8 @@ def said(model: Model, texts: Sequence[str], look: Callable[[str, Tensor], None]
     net, paths = model.net, {module: path for path, module in model.net.named_modules()}
     listed = [model.tokenizer(text)["input_ids"][:MOST_TOKENS] for text in texts]
     examples = [Example(ids, [IGNORE] * (len(ids) // 2) + ids[len(ids) // 2 :]) for ids in listed if len(ids) > 1]
+    if not examples:
+        raise UserError("prompt_file: no line has two tokens; the first half of a line is read, the second judged")
     states: dict[str, Tensor] = {}
 
     def see(module: torch.nn.Module, _: Any, out: Any) -> None:
@@ -165,15 +167,20 @@ def proven(
     it the name `output`, and print what `write` says and the proof; 0.
 
     A folder gets figures and report as `proof.json`, all lines as a card, `README.md`. Raises UserError where `strict`
-    is asked for and the proof warns; then, and whenever something fails, nothing is left of what was written.
+    is asked for and the proof warns, or there is none; then, and whenever something fails, nothing is left of what was
+    written.
     """
+    if options.strict and not options.proof:
+        raise UserError("strict: goes by the proof, which 'proof: false' leaves away; leave one of the two away")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: is there already, and not empty; choose another name")
     texts = TEXTS if options.prompt_file is None else lines_of(options.prompt_file)
     device.return_large_blocks()
     model, report = source(), None
-    looked = options.proof and model.tokenizer is not None and model.spec.head != "none"
-    before = said(model, texts) if looked else None
+    why_none = unprovable(model) if options.proof else ""
+    if why_none and options.strict:
+        raise UserError(f"strict: nothing is written; no proof: {why_none}")
+    before = said(model, texts) if options.proof and not why_none else None
     device.return_freed_memory()
     name, identity = model.path, model.identity
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -184,6 +191,9 @@ def proven(
         del model  # before the result is read
         gc.collect()
         device.return_freed_memory()
+        if why_none:
+            made.lines.append(f"no proof: {why_none}")
+            made.figures["no_proof"] = why_none
         if before is not None:
             result = load(partial)
             device.return_freed_memory()
@@ -207,6 +217,13 @@ def proven(
     else:
         print(*made.lines, f"saved to {output}", sep="\n")
     return 0
+
+
+def unprovable(model: Model) -> str:
+    """Why a model says nothing of a text that could be compared, "" where it does."""
+    if model.tokenizer is None:
+        return "the model has no tokenizer, so that it cannot be given texts"
+    return "the model has no head, so that it gives no probabilities to compare" if model.spec.head == "none" else ""
 
 
 def brief(config: dict[str, Any]) -> str:

@@ -91,7 +91,37 @@ def test_quantize_and_merge_show_their_proof(root, tmp_path, capsys):
     assert "proof" not in capsys.readouterr().out and not (tmp_path / "bare" / "proof.json").exists()
 
 
-@pytest.mark.parametrize(("text", "said"), [(None, "cannot be read"), ("\n", "has no text")])
+def test_no_proof_says_so_and_strict_refuses(root, tmp_path, capsys):
+    out = tmp_path / "small"
+    words = ["quantize", str(tiny.folder(root, "bert", "none")), "--method", "int8", "--output-dir", str(out)]
+    why = "no proof: the model has no head, so that it gives no probabilities to compare"
+    assert main([*words, "--strict", "true"]) == 2
+    assert capsys.readouterr().err.endswith(f"burnish quantize: strict: nothing is written; {why}\n")
+    assert not list(tmp_path.iterdir())
+    assert main(words) == 0
+    assert why in capsys.readouterr().out.splitlines() and why in (out / "README.md").read_text().splitlines()
+    assert main([*words[:-1], str(tmp_path / "other"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["proof"] is None and why == f"no proof: {told['no_proof']}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["quantize", "--output-dir", "out"], ["merge", "--output-dir", "out"], ["export", "--output", "out"]],
+    ids=lambda words: words[0],
+)
+def test_strict_without_proof_is_a_contradiction(root, tmp_path, capsys, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    verb, *place = words
+    assert main([verb, str(tiny.folder(root, "llama")), *place, "--proof", "false", "--strict", "true"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"burnish {verb}: strict: goes by the proof, which 'proof: false' leaves away")
+    assert said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [(None, "cannot be read"), ("\n", "has no text"), ("cat\n", "no line has two tokens")]
+)
 def test_texts_of_ones_own(root, tmp_path, capsys, text, said):
     path, out = tmp_path / "mine.txt", tmp_path / "small"
     words = ["quantize", str(tiny.folder(root, "llama")), "--output-dir", str(out), "--prompt-file", str(path)]
