@@ -3,8 +3,9 @@ exported, and what is read back says of them afterwards.
 
     KL = sum_v p(v) log(p(v) / q(v)),  p before and q after, a mean over the tokens, in nats
 
-with the share of tokens whose likeliest successor is the same, the perplexity of the texts themselves, and for every
-layer the relative error of the states after it, sqrt(sum (h' - h)^2 / sum h^2), and what it adds to its predecessor's.
+with the share of tokens whose likeliest successor is the same, the perplexity of the texts themselves, and relative
+errors, sqrt(sum (h' - h)^2 / sum h^2): of the texts' embeddings; of the states after every layer, and what that adds to
+its predecessor's; and of the logits, less their mean, that the head gives for the states of before.
 What is written goes under a name of its own, is read back, and gets its final name once it has been looked at.
 """
 
@@ -51,7 +52,9 @@ TEXTS = (
     " potatoes take longer to cook.",
 )
 MOST_TOKENS = 64  # of a text
-WORST = 3  # layers that are named
+PART = 32  # tokens whose logits are made again together
+WORST, LEAST = 3, 0.0005  # parts that are named, and what each adds at least
+EMBEDDINGS = "embeddings"
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,9 @@ class ProofOptions:
     proof: bool = field(default=True, metadata={"help": "compare what is written with the model that it was made from"})
     prompt_file: Path | None = field(default=None, metadata={"help": "texts to compare on, one a line; else built-in"})
     max_kl: float = field(default=0.1, metadata={"help": "nats a token beyond which the proof warns"})
-    strict: bool = field(default=False, metadata={"help": "write nothing where the proof warns, or where there is none"})
+    strict: bool = field(
+        default=False, metadata={"help": "write nothing where the proof warns, or where there is none"}
+    )
     json: bool = field(default=False, metadata={"help": "print JSON objects, the last for the whole"})
 
 
@@ -75,13 +80,16 @@ class Made:
 
 @dataclass
 class Report:
-    """Before against after. `layers`: path -> (relative error, what it adds to the layer before)."""
+    """Before against after. `layers`: path -> (relative error, what it adds to what was before the layer); `embeddings`
+    and `head`: their own relative errors."""
 
     kl: float
     worst_kl: float
     agreement: float
     perplexity: tuple[float, float]
     layers: dict[str, tuple[float, float]]
+    embeddings: float
+    head: float
 
     def lines(self, limit: float) -> list[str]:
         """What is shown; the last is a warning where `limit` is passed."""
@@ -89,10 +97,15 @@ class Report:
         found = [f"proof: KL {self.kl:.2g} nats a token (worst {self.worst_kl:.2g}), same likeliest token "
                  f"{self.agreement:.1%}, perplexity {before:.4g} -> {after:.4g}"]  # fmt: skip
         if self.beyond(limit):
-            worst = sorted(self.layers.items(), key=lambda item: -item[1][1])[:WORST]
-            named = ", ".join(f"{path} (+{added:.1%})" for path, (_, added) in worst)
-            found.append(f"warning: KL is beyond {limit:g}: the result differs from the model; worst layers: {named}")
+            named = ", ".join(f"{part} (+{added:.1%})" for part, added in self.worst()) or "none by itself"
+            found.append(f"warning: KL is beyond {limit:g}: the result differs from the model; worst parts: {named}")
         return found
+
+    def worst(self) -> list[tuple[str, float]]:
+        """The layers, embeddings or head that add most to the error, and how much; what is no number is most."""
+        parts = {EMBEDDINGS: self.embeddings, **{path: added for path, (_, added) in self.layers.items()}}
+        found = [(part, added) for part, added in {**parts, "head": self.head}.items() if not added < LEAST]
+        return sorted(found, key=lambda item: -math.inf if math.isnan(item[1]) else -item[1])[:WORST]
 
     def beyond(self, limit: float) -> bool:
         return not self.kl <= limit  # what is no number is beyond
@@ -100,17 +113,20 @@ class Report:
 
 @dataclass
 class Said:
-    """Of every judged token: log-probabilities (tokens, V), the label; and the states after each layer."""
+    """Of every judged token: log-probabilities (tokens, V), the label, and the states (tokens, hidden) that the head
+    read; and the embeddings and the states after each layer."""
 
     logs: Tensor
     labels: Tensor
+    read: Tensor
     states: dict[str, Tensor] = field(default_factory=dict)
 
 
 def said(model: Model, texts: Sequence[str], look: Callable[[str, Tensor], None] | None = None) -> Said:
     """What a model says of texts, in one forward. Of each the second half is judged. `look` is given the path and the
-    states of every layer as it runs, and they are not kept."""
+    states of every layer as it runs, and they are not kept; before them the embeddings."""
     net, paths = model.net, {module: path for path, module in model.net.named_modules()}
+    paths[net.embed_tokens] = EMBEDDINGS
     listed = [model.tokenizer(text)["input_ids"][:MOST_TOKENS] for text in texts]
     examples = [Example(ids, [IGNORE] * (len(ids) // 2) + ids[len(ids) // 2 :]) for ids in listed if len(ids) > 1]
     if not examples:
@@ -120,7 +136,7 @@ def said(model: Model, texts: Sequence[str], look: Callable[[str, Tensor], None]
     def see(module: torch.nn.Module, _: Any, out: Any) -> None:
         (look or states.__setitem__)(paths[module], (out if isinstance(out, Tensor) else out[0]).detach().cpu())
 
-    handles = [layer.register_forward_hook(see) for layer in net.all_layers]
+    handles = [module.register_forward_hook(see) for module in (net.embed_tokens, *net.all_layers)]
     net.eval()
     try:
         with torch.inference_mode():
@@ -128,16 +144,38 @@ def said(model: Model, texts: Sequence[str], look: Callable[[str, Tensor], None]
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             hidden = chain.forward(model, batch)
             if model.spec.head == "classification":
-                logits = net.logits(net.pool(hidden, batch["attention_mask"]))
+                hidden = net.pool(hidden, batch["attention_mask"])
+                logits = net.logits(hidden)
                 labels = logits.argmax(-1)
             else:
                 hidden, labels = beside_labels(net, hidden, batch["labels"])
                 hidden, labels = hidden[labels != IGNORE], labels[labels != IGNORE]
                 logits = net.logits(hidden)
-            return Said(logits.log_softmax(-1, dtype=torch.float32).cpu(), labels.cpu(), states)
+            return Said(logs_of(logits), labels.cpu(), hidden.cpu(), states)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def logs_of(logits: Tensor) -> Tensor:
+    return logits.log_softmax(-1, dtype=torch.float32).cpu()
+
+
+def relative(after: Tensor, before: Tensor) -> float:
+    """The relative error of what is `before`."""
+    return float((after.float() - before.float()).norm() / before.float().norm().clamp(min=1e-30))
+
+
+@torch.inference_mode()
+def head_error(before: Said, model: Model, kind: torch.dtype) -> float:
+    """The relative error of the logits, less their mean, that the head computes in `kind` of the states of before."""
+    lost = power = 0.0
+    for states, logs in zip(before.read.split(PART), before.logs.split(PART), strict=True):
+        wanted = logs - logs.mean(-1, keepdim=True)
+        found = logs_of(model.net.logits(states.to(model.device, kind)))
+        found -= found.mean(-1, keepdim=True)
+        lost, power = lost + float((found - wanted).square().sum()), power + float(wanted.square().sum())
+    return math.sqrt(lost / max(power, 1e-30))
 
 
 def compared(before: Said, model: Model, texts: Sequence[str]) -> Report:
@@ -147,17 +185,21 @@ def compared(before: Said, model: Model, texts: Sequence[str]) -> Report:
     def look(path: str, state: Tensor) -> None:
         known = before.states.get(path)
         if known is not None and known.shape == state.shape:
-            errors[path] = float((state.float() - known.float()).norm() / known.float().norm())
+            errors[path] = relative(state, known)
 
     after = said(model, texts, look)
+    head = head_error(before, model, after.read.dtype)
     kl = torch.stack([(p.exp() * (p - q)).sum() for p, q in zip(before.logs, after.logs, strict=True)])
-    added = [error - last for error, last in zip(errors.values(), [0.0, *errors.values()], strict=False)]
-    layers = dict(zip(errors, zip(errors.values(), added, strict=True), strict=True))
+    embeddings = last = errors.pop(EMBEDDINGS, 0.0)
+    layers = {}
+    for path, error in errors.items():
+        layers[path] = error, error - last
+        last = error
     known = before.labels < before.logs.shape[1]
     losses = [F.nll_loss(x.logs[known], before.labels[known]).item() for x in (before, after)]
     same = (before.logs.argmax(-1) == after.logs.argmax(-1)).float().mean()
     perplexity = math.exp(min(losses[0], 99)), math.exp(min(losses[1], 99))
-    return Report(kl.mean().item(), kl.max().item(), same.item(), perplexity, layers)
+    return Report(kl.mean().item(), kl.max().item(), same.item(), perplexity, layers, embeddings, head)
 
 
 def proven(

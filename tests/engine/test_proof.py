@@ -7,6 +7,7 @@ import math
 
 import pytest
 import tiny
+import tiny_foreign
 import torch
 
 from burnish import chain
@@ -24,6 +25,7 @@ def test_the_figures_are_those_of_the_definitions(root, family):
     report = compared(said(before, TEXTS), after, TEXTS)
     assert 0 < report.kl < 0.05 and report.kl < report.worst_kl and report.agreement > 0.8
     assert len(report.layers) == len(before.net.all_layers) and all(0 < x < 0.2 for x, _ in report.layers.values())
+    assert report.embeddings == 0 and report.head < 1e-6
     if family == "t5":
         return
     found, losses = [], []
@@ -53,7 +55,7 @@ def test_a_broken_layer_is_named_and_strict_refuses(root, tmp_path, capsys):
     options = ProofOptions(max_kl=0.001)
     assert proven(lambda: load(folder), broken, out, options) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "worst layers: layers.1 (+" in lines[2] and lines[3] == f"saved to {out}"
+    assert "worst parts: layers.1 (+" in lines[2] and lines[3] == f"saved to {out}"
     card = (out / "README.md").read_text()
     assert card.startswith("# out\n") and lines[2] in card and load(folder).identity in card
     assert json.loads((out / "proof.json").read_text())["kl"] > 0.001 and load(out)
@@ -64,13 +66,41 @@ def test_a_broken_layer_is_named_and_strict_refuses(root, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+PARTS = [("llama", ""), ("stablelm", ""), ("bert", "classification"), ("gpt2", ""), ("bert", ""), ("t5", "")]
+
+
+@pytest.mark.parametrize(("family", "head"), PARTS)
+@pytest.mark.parametrize("part", ["head", "embeddings"])
+def test_a_broken_head_or_embedding_is_named(root, family, head, part):
+    """At minus three times what it was it is off by four times that; a head behind others may round it, a tied one is
+    the embedding."""
+    model = load((tiny if family in tiny.CONFIGS else tiny_foreign).folder(root, family, head), torch.float32)
+    before = said(model, TEXTS)
+    module = model.net.head_modules()[-1] if part == "head" else model.net.embed_tokens
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(-3 if parameter.dim() > 1 else 1)
+    report = compared(before, model, TEXTS)
+    found = {"embeddings": report.embeddings, "head": report.head}
+    tied = model.net.embed_tokens.weight is getattr(model.net.head_modules()[-1].weight, "dense", None)
+    assert tied == (model.spec.tied and not head)
+    for name, error in found.items():
+        assert error == (pytest.approx(4, rel=0.3) if tied or name == part else 0)
+    (first, added), *others = report.worst()
+    assert first in (found if tied else (part,)) and added > 3 and all(more < 0.5 for name, more in others[tied:])
+    assert f"the result differs from the model; worst parts: {first} (+" in report.lines(0)[1]
+
+
 def test_numbers_that_are_none_are_beyond(root):
     model = load(tiny.folder(root, "llama"))
     before = said(model, TEXTS)
     with torch.no_grad():
         model.net.norm.weight.fill_(math.nan)
     report = compared(before, model, TEXTS)
-    assert report.beyond(1e9) and report.lines(1.0)[1].startswith("warning")
+    assert report.beyond(1e9) and report.lines(1.0)[1].endswith("worst parts: none by itself")
+    with torch.no_grad():
+        model.net.layers[1].mlp.down_proj.weight.dense.fill_(math.nan)
+    assert compared(before, model, TEXTS).worst()[0][0] == "layers.1"
 
 
 def test_quantize_and_merge_show_their_proof(root, tmp_path, capsys):
