@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -167,6 +168,27 @@ def test_the_verbs_take_a_file(wide, tmp_path, capsys):
     assert cli.main(["generate", str(path), "--prompt", TEXT, "--max-new-tokens", "4"]) == 0
     assert cli.main(["export", str(wide), "--output", str(path)]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_the_proof_of_an_export(wide, tmp_path, capsys):
+    """It is shown, warns beyond its threshold, and with --strict refuses."""
+    words = ["export", str(wide), "--type", "q4_0", "--output"]
+    assert cli.main([*words, str(tmp_path / "plain.gguf"), "--max-kl", "10", "--strict", "true"]) == 0
+    size, proof, saved = capsys.readouterr().out.splitlines()
+    assert re.match(r"proof: KL [\d.e-]+ nats a token .*, same likeliest token [\d.]+%, perplexity [\d.]+ -> ", proof)
+    assert saved == f"saved to {tmp_path / 'plain.gguf'}" and size.endswith(" MiB")
+    warning = "warning: KL is beyond 1e-09: the result differs from the model; worst parts: "
+    assert cli.main([*words, str(tmp_path / "warned.gguf"), "--max-kl", "1e-9"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[1] == proof and shown[2].startswith(warning) and shown[3].startswith("saved to")
+    assert "layers.0 (+" in shown[2] and "embeddings (+" in shown[2]
+    assert cli.main([*words, str(tmp_path / "refused.gguf"), "--max-kl", "1e-9", "--strict", "true"]) == 2
+    said = capsys.readouterr()
+    assert not said.out and said.err == f"burnish export: strict: nothing is written; {shown[2]}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain.gguf", "warned.gguf"]
+    assert cli.main([*words, str(tmp_path / "told.gguf"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert 0 < told["proof"]["kl"] < 10 and told["proof"]["head"] > 0 and told["output"] == str(tmp_path / "told.gguf")
 
 
 @pytest.mark.parametrize("kind", TYPES)
