@@ -39,7 +39,7 @@ class FP4(FourBit):
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:
-    paths = store(model.net, config.target_modules, FP4, double_quant=config.double_quant)
+    paths = store(model.net, config.target_modules, FP4, context, double_quant=config.double_quant)
     return replace(config, target_modules=paths)
 
 

@@ -102,7 +102,7 @@ class FP8(Weight):
 
 def apply(model: Model, config: Config, context: Context) -> Config:
     """Round the targets in place, one at a time."""
-    paths = store(model.net, config.target_modules, FP8, dynamic=config.activation_scheme == "dynamic")
+    paths = store(model.net, config.target_modules, FP8, context, dynamic=config.activation_scheme == "dynamic")
     return replace(config, target_modules=paths)
 
 

@@ -126,7 +126,7 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     """Quantise the targets in place, one at a time."""
     if not config.llm_int8_threshold >= 0:
         raise UserError(f"int8: llm_int8_threshold: must be at least 0, is {config.llm_int8_threshold}; 6.0 is usual")
-    paths = store(model.net, config.target_modules, Int8, threshold=config.llm_int8_threshold)
+    paths = store(model.net, config.target_modules, Int8, context, threshold=config.llm_int8_threshold)
     return replace(config, target_modules=paths)
 
 

@@ -55,7 +55,7 @@ def apply(model: Model, config: Config, context: Context) -> Config:
             rebuild(model, config)
         return config
     for path, linear in targets:
-        store_one(linear, config.form(path).round)
+        store_one(path, linear, config.form(path).round, context)
     return config
 
 

@@ -38,7 +38,7 @@ class NF4(FourBit):
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:
-    paths = store(model.net, config.target_modules, NF4, double_quant=config.double_quant)
+    paths = store(model.net, config.target_modules, NF4, context, double_quant=config.double_quant)
     return replace(config, target_modules=paths)
 
 

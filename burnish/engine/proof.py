@@ -244,8 +244,8 @@ def proven(
             if options.strict and report.beyond(options.max_kl):
                 raise UserError(f"strict: nothing is written; {made.lines[-1]}")
         if partial.is_dir():
-            if report is not None:
-                write_json({**made.figures, **asdict(report)}, partial / "proof.json")
+            if options.proof:
+                write_json({**made.figures, **(asdict(report) if report else {})}, partial / "proof.json")
             card = [f"# {output.name}", f"Made by burnish {__version__} of `{name}` ({identity}).", f"Applied: {links}"]
             (partial / "README.md").write_text("\n\n".join([*card, *made.lines]) + "\n", encoding="utf-8")
         if output.is_dir():

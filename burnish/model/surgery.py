@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from burnish import device
 from burnish.config import UserError, nearest
+from burnish.model.bundle import Context
 from burnish.model.linear import Linear, Weight
 from burnish.model.network import Network
+
+ROWS = 256  # of a matrix that are compared together, as many as `Weight.expand` begins at multiples of
 
 
 def linears(net: Network) -> Iterator[tuple[str, Linear]]:
@@ -68,7 +71,7 @@ def select(net: Network, targets: Sequence[str] | str) -> list[tuple[str, Linear
     return [pair for pair in found if pair[0] in chosen_paths]
 
 
-def store(net: Network, targets: Sequence[str] | str, kind: Any, **options: Any) -> list[str]:
+def store(net: Network, targets: Sequence[str] | str, kind: Any, context: Context, **options: Any) -> list[str]:
     """Store the targets' matrices as a kind of `Weight`, one at a time, by its `quantize(dense, **options)`; returns
     the targets' paths. On the meta device nothing is computed: `reserve` makes the same without values."""
     found = select(net, targets)
@@ -77,16 +80,35 @@ def store(net: Network, targets: Sequence[str] | str, kind: Any, **options: Any)
         with torch.device("meta"):
             reserve(net, paths, kind, **options)
         return paths
-    for _, linear in found:
-        store_one(linear, partial(kind.quantize, **options))
+    for path, linear in found:
+        store_one(path, linear, partial(kind.quantize, **options), context)
     return paths
 
 
-def store_one(linear: Linear, quantize: Callable[[Tensor], Weight]) -> None:
-    """Store the matrix as `quantize` makes it. What that took goes back to the system, since the next one's temporaries
-    may not fit between what stays, and the holes would add up."""
-    linear.weight = quantize(linear.weight.dequantize())
+def store_one(path: str, linear: Linear, quantize: Callable[[Tensor], Weight], context: Context) -> None:
+    """Store the matrix as `quantize` makes it, and report its error where that is asked for. What that took goes back
+    to the system, since the next one's temporaries may not fit between what stays, and the holes would add up."""
+    dense = linear.weight.dequantize()
+    linear.weight = quantize(dense)
+    if context.errors:
+        context.report({"layer": path, "error": lost(linear.weight, dense.detach())})
+    del dense
     device.return_freed_memory()
+
+
+def lost(weight: Weight, dense: Tensor) -> float:
+    """The share of a matrix's power that its stored form lacks, sum (q - w)^2 / sum w^2: of the outputs', where inputs
+    are equally strong and do not depend on each other."""
+    in_pieces = weight.in_pieces and dense.device.type == "cpu"
+    room = torch.empty(min(ROWS, len(dense)), dense.shape[1]) if in_pieces else weight.dequantize()
+    power = gone = 0.0
+    for first in range(0, len(dense), ROWS):
+        known = dense[first : first + ROWS].float()
+        found = room[: len(known)] if in_pieces else room[first : first + ROWS]
+        if in_pieces:
+            weight.expand(first, found)
+        power, gone = power + float(known.square().sum()), gone + float((found - known).square().sum())
+    return gone / max(power, 1e-30)
 
 
 def reserve(net: Network, paths: Sequence[str], kind: Any, **options: Any) -> None:

@@ -131,8 +131,10 @@ def test_no_proof_says_so_and_strict_refuses(root, tmp_path, capsys):
     assert main(words) == 0
     assert why in capsys.readouterr().out.splitlines() and why in (out / "README.md").read_text().splitlines()
     assert main([*words[:-1], str(tmp_path / "other"), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["proof"] is None and why == f"no proof: {told['no_proof']}"
+    kept = json.loads((tmp_path / "other" / "proof.json").read_text())
+    assert kept["no_proof"] == told["no_proof"] and kept["errors"] and "kl" not in kept
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny
+import torch
 
 from burnish import chain
+from burnish.chain import Context
 from burnish.cli import main
+from burnish.compress.grouped import Form
+from burnish.compress.int8 import Int8
+from burnish.compress.nf4 import NF4
+from burnish.model import surgery
+from burnish.model.surgery import linears
 from burnish.store.checkpoint import load, save
 
 METHODS = ["int8", "nf4", "fp4", "fp8", "int_groups", "gptq"]
@@ -47,3 +56,58 @@ def test_two_methods_for_one_projection(root, tmp_path, capsys):
     assert "nf4 and int8 would both quantise layers.0.self_attn.q_proj" in refused(capsys, words, tmp_path / "out")
     words[-1] = "[{nf4: {target_modules: [q_proj]}}, {int8: {target_modules: [v_proj]}}]"
     assert main(["quantize", *words, "--output-dir", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_each_projections_error_is_told_and_kept(root, tmp_path, capsys, method, as_json):
+    """In its turn; without calibration it is the share of the matrix's own power that is lost."""
+    folder, out = tiny.folder(root, "llama"), tmp_path / "out"
+    options = {"gptq": {"nsamples": 4, "max_length": 16}, "int_groups": {"group_size": 16}}.get(method, {})
+    words = ["quantize", str(folder), "--techniques", json.dumps([{method: options}]), "--output-dir", str(out)]
+    assert main([*words, *(["--json"] if as_json else [])]) == 0
+    told, (before, after) = capsys.readouterr(), (dict(linears(load(place).net)) for place in (folder, out))
+    errors = json.loads((out / "proof.json").read_text())["errors"]
+    if as_json:
+        *records, total = map(json.loads, told.out.splitlines())
+        assert {record["layer"]: record["error"] for record in records} == errors == total["errors"]
+    else:
+        shown = [f"{n}/14  {path}  error {100 * error:.3g}%" for n, (path, error) in enumerate(errors.items(), 1)]
+        assert told.err.splitlines()[-14:] == shown
+    assert list(errors) == list(before) == list(after)
+    for path, error in errors.items():
+        known, found = (x[path].weight.dequantize().double() for x in (before, after))
+        lost = float((found - known).square().sum() / known.square().sum())
+        assert 0 < lost < 0.05 and error == pytest.approx(lost, rel=1 if method == "gptq" else 1e-4)
+
+
+def test_errors_of_matrices_that_are_taken_in_parts(monkeypatch):
+    dense = torch.randn(600, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for made in (Int8.quantize(dense), NF4.quantize(dense), Form(4, 32).round(dense), Form(3, 32).round(dense)):
+        want = float((made.dequantize() - dense.float()).square().sum() / dense.float().square().sum())
+        for rows in (256, 512):
+            monkeypatch.setattr(surgery, "ROWS", rows)
+            assert surgery.lost(made, dense) == pytest.approx(want, rel=1e-5)
+
+
+def test_errors_cost_nothing_where_nobody_asks(root, monkeypatch):
+    monkeypatch.setattr(surgery, "lost", None)
+    told: list[dict] = []
+    chain.apply(load(tiny.folder(root, "llama")), ["int8"], Context(report=told.append))
+    assert not told
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_card_tells_what_calibrated(root, tmp_path, given):
+    text, out = tmp_path / "text.jsonl", tmp_path / "out"
+    text.write_text('{"text": "the cat sees a dog . the bird runs ."}\n' * 99)
+    calibrated = "[{awq: {nsamples: 3, max_length: 12}}, {gptq: {nsamples: 4, max_length: 16}}]"
+    words = ["quantize", str(tiny.folder(root, "llama")), "--techniques", calibrated, "--target-size", "60%"]
+    assert main([*words, *(["--data", str(text)] if given else []), "--output-dir", str(out)]) == 0
+    what = text if given else "the built-in sample"
+    lines = (out / "README.md").read_text().splitlines()
+    for who, size in (("the choice of bits", (32, 128)), ("awq", (3, 12)), ("gptq", (4, 16))):
+        assert f"calibration of {who}: {what}, at most {size[0]} rows of {size[1]} tokens" in lines
+    plain = tmp_path / "plain"
+    assert main([*words[:2], "--method", "int8", "--output-dir", str(plain)]) == 0
+    assert "calibration" not in (plain / "README.md").read_text()

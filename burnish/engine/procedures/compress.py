@@ -55,8 +55,8 @@ class QuantizeConfig(ProofOptions):
 
 
 def run(config: QuantizeConfig) -> int:
-    """Quantise and save; prints the bits that were chosen, each calibrated projection's error, the bytes before and
-    after, and the proof. Raises UserError for a model that is quantised already."""
+    """Quantise and save; prints each projection's error, the bits that were chosen, what calibrated, the bytes before
+    and after, and the proof. Raises UserError for a model that is quantised already."""
     if config.output_dir is None:
         raise UserError("output_dir: say where the result goes, as in --output-dir runs/small")
     techniques = config.techniques or [config.method]
@@ -75,8 +75,10 @@ def run(config: QuantizeConfig) -> int:
 
     def write(model: Model, place: Path) -> Made:
         before = size(model)
-        context = Context(examples=examples(model, config.data), report=printer(config.json))
-        made = Made([])
+        errors: dict[str, float | None] = {}
+        made = Made(calibrations(config, links))
+        report = printer(config.json, len(takers(model, links)), errors)
+        context = Context(examples=examples(model, config.data), report=report, errors=True)
         if config.target_size:
             links[name] = mixed(model, config, links, name, context)
             bits = {path: links[name].form(path).bits for path in links[name].target_modules}
@@ -87,19 +89,25 @@ def run(config: QuantizeConfig) -> int:
         save(model, place)
         after = size(model)
         made.lines.append(f"{before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB ({after / before:.0%})")
-        made.figures |= {"before": before, "after": after}
+        made.figures |= {"before": before, "after": after, "errors": errors}
         return made
 
     return proven(source, write, config.output_dir, config)
 
 
 def check(model: Model, name: str, links: dict[str, Any]) -> None:
-    """Raise UserError where a matrix of the model is quantised already, or two of `links` would quantise the same."""
+    """Raise UserError where a matrix of the model is quantised already, or as `takers` does."""
     for path, part in model.net.named_modules():
         if isinstance(part, Weight) and not isinstance(part, Dense):
             where = re.sub(r"(\.base)*\.(weight|storage)$", "", path)
             kind = stored_as(part) or type(part).__name__
             raise UserError(f"{name}: {where} is quantised already ({kind}); start from the 16-bit model")
+    takers(model, links)
+
+
+def takers(model: Model, links: dict[str, Any]) -> dict[str, str]:
+    """The paths of the projections that `links` quantise, each with the link's name. Raises UserError where two would
+    quantise the same."""
     taken: dict[str, str] = {}
     for link, options in links.items():
         if getattr(chain.technique(link), "STORES_ANEW", False):
@@ -109,6 +117,19 @@ def check(model: Model, name: str, links: dict[str, Any]) -> None:
                         f"techniques: {taken[path]} and {link} would both quantise {path}; give each target_modules of "
                         "its own"
                     )
+    return taken
+
+
+def calibrations(config: QuantizeConfig, links: dict[str, Any]) -> list[str]:
+    """What text is read for what, a line each."""
+    text = config.data or "the built-in sample"
+    wanted = {"the choice of bits": (mixed_bits.ROWS, mixed_bits.LENGTH)} if config.target_size else {}
+    for link, options in links.items():
+        if getattr(chain.technique(link), "CALIBRATES", False):
+            wanted[link] = options.nsamples, options.max_length
+    return [
+        f"calibration of {what}: {text}, at most {n} rows of {length} tokens" for what, (n, length) in wanted.items()
+    ]
 
 
 def mixed(model: Model, config: QuantizeConfig, links: dict[str, Any], name: str, context: Context) -> Any:
@@ -165,10 +186,13 @@ def examples(model: Model, data: str) -> list[Any]:
     return encode_rows(read_rows(data), model.tokenizer, LONGEST, "all", data) if data else []
 
 
-def printer(as_json: bool) -> Any:
-    """What prints a record of the scan or of a projection: JSON, or a line on the error stream."""
+def printer(as_json: bool, total: int, errors: dict[str, float | None]) -> Any:
+    """What prints a record of the scan, or of one of `total` projections, whose error goes into `errors`: JSON, or a
+    line on the error stream."""
 
     def show(record: dict[str, Any]) -> None:
+        if "layer" in record:
+            errors[record["layer"]] = record["error"]
         if as_json:
             print(json.dumps(record), flush=True)
             return
@@ -176,8 +200,8 @@ def printer(as_json: bool) -> Any:
             line = f"scan of what each projection's bits cost: {record['scanned']} of {record['of']} tokens"
         else:
             error = record["error"]
-            told = "rounded: no token reached it" if error is None else f"error {error:.2%}"
-            line = f"{record['layer']}  {told}"
+            told = "rounded: no token reached it" if error is None else f"error {100 * error:.3g}%"
+            line = f"{len(errors)}/{total}  {record['layer']}  {told}"
         print(line, file=sys.stderr, flush=True)
 
     return show
