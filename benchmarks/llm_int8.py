@@ -25,7 +25,7 @@ from burnish.store.data import encode_rows
 from burnish.world.corpus import tagged_documents
 
 RESULT = Path(__file__).parent / "results" / "llm_int8.json"
-CHANNELS, FACTORS, DOCUMENTS = 6, (1, 10, 30, 100), 200
+CHANNELS, FACTORS, DOCUMENTS = 6, (1, 10, 30, 100, 300, 1000), 200
 WAYS = {
     "float32": [],
     "int8 weights": ["int8"],
