@@ -64,7 +64,7 @@ def half_beside(model: str, where: torch.device) -> int:
 
 def over_ranks(job: Result) -> dict[str, Any]:
     """The job in `ranks` processes: the first one's times, and the memory and weights of all. Raises RuntimeError with
-    the last line of a rank that failed."""
+    what the ranks said last where one failed."""
     count = job["ranks"]
     with tempfile.TemporaryDirectory() as scratch, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -90,7 +90,7 @@ def over_ranks(job: Result) -> dict[str, Any]:
         for path in sorted(Path(scratch).glob("*.log")):
             said += [line for line in path.read_text(errors="replace").split("\n") if any(codes) and line.strip()][-1:]
     if said or any(codes):
-        raise RuntimeError(said[0] if said else f"the ranks ended with status {codes}")
+        raise RuntimeError("; ".join(dict.fromkeys(said)) or f"the ranks ended with status {codes}")
     memory = [one["peak_memory_bytes"] for one in found]
     summed = {name: sum(one[name] for one in found) for name in ("weight_bytes", "multiplied_weights")}
     devices = count if torch.cuda.is_available() else 1

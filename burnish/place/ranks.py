@@ -2,13 +2,15 @@
 
 Every rank runs the same program on the same prompts and takes part in every exchange, so that there is no protocol
 beside the collectives of torch.distributed: gloo between CPUs, NCCL between GPUs. Each counts up in torchrun's store
-once a second; one whose count stands still, or that says it failed, ends the others with a line that names it.
+once a second, from before the group is made; one whose count stands still, or that says it failed, ends the others with
+a line that names it, and so does one that does not come.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -26,6 +28,7 @@ from burnish.config import UserError
 from burnish.device import pick_device
 
 TIMEOUT = timedelta(minutes=30)  # of one exchange; the dead are found sooner
+ARRIVAL = 40  # seconds for all to come: ranks that start together differ by a fraction of what importing torch takes
 BEAT = 1.0  # seconds
 SILENCE = 20  # beats without a sign of life
 FAILED = -(1 << 40)  # added to the count of a rank that ends with an error
@@ -104,16 +107,64 @@ class Ranks:
         return held[0]
 
 
+def address() -> tuple[str, int]:
+    """Where the store is. Raises UserError where torchrun's variables do not say."""
+    try:
+        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"MASTER_ADDR, MASTER_PORT: {error} is not set or no number; let torchrun set them") from None
+
+
+def connect(hosts: bool, until: float) -> dist.TCPStore:
+    """A connection to the store, which this rank `hosts`, or else rank 0 or torchrun. Raises UserError where there is
+    none by the time `until`."""
+    host, port = address()
+    libuv = os.environ.get("USE_LIBUV", "1") == "1"  # as torch's own rendezvous
+    while not hosts:  # torch's own attempts take up to twice their timeout, and print a stack trace each
+        try:
+            socket.create_connection((host, port), BEAT).close()
+            break
+        except OSError as error:
+            if time.monotonic() > until:
+                raise UserError(absent("rank 0", error.strerror or str(error))) from None
+            time.sleep(BEAT / 10)
+    try:
+        return dist.TCPStore(host, port, is_master=hosts, wait_for_workers=False, use_libuv=libuv)
+    except RuntimeError as error:
+        raise UserError(f"MASTER_PORT: no store at {host}:{port}: {str(error).splitlines()[0]}; give another") from None
+
+
+def absent(who: str, why: str = "") -> str:
+    """The line about ranks that did not come."""
+    return (
+        f"{who} of {os.environ['WORLD_SIZE']} did not come to {':'.join(map(str, address()))} within {ARRIVAL} s"
+        f"{why and f' ({why})'}: not started, or dead before that; start all together, and read what the missing said"
+    )
+
+
 class Pulse(threading.Thread):
     """Counts up for this rank and watches the counts of the others; a rank that is lost ends the process."""
 
     def __init__(self, rank: int, world: int):
         super().__init__(daemon=True)
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.store = dist.TCPStore(*address, is_master=False)  # a connection of its own: calls on one block each other
+        self.until = time.monotonic() + ARRIVAL
         self.rank, self.seen = rank, {other: (0, 0) for other in range(world) if other != rank}
         self.hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self.store = connect(self.hosts, self.until)  # its own: calls on one connection block each other
         self.stopped = threading.Event()
+        self.count(rank, 1)
+
+    def count(self, rank: int, more: int = 0) -> int:
+        """A rank's beats so far; none before it is here."""
+        return self.store.add(f"burnish/beat/{rank}", more)
+
+    def await_all(self) -> None:
+        """Wait until every rank is here. Raises UserError with those that are not in time."""
+        with reaching():
+            while missing := [str(other) for other in self.seen if not self.count(other)]:
+                if time.monotonic() > self.until:
+                    raise UserError(absent(f"{'ranks' if missing[1:] else 'rank'} {', '.join(missing)}"))
+                time.sleep(BEAT / 10)
 
     def run(self) -> None:
         while not self.stopped.wait(BEAT):
@@ -125,7 +176,7 @@ class Pulse(threading.Thread):
 
     def beat(self) -> None:
         """Count up once, and look at the others."""
-        self.store.add(f"burnish/beat/{self.rank}", 1)
+        self.count(self.rank, 1)
         if self.store.add("burnish/wrong", 0) and not self.stopped.is_set():
             self.leave()
             os._exit(2)
@@ -133,10 +184,10 @@ class Pulse(threading.Thread):
             self.leave()
             self.end(*json.loads(self.store.get("burnish/verdict")))
         for other, (last, silent) in self.seen.items():
-            count = self.store.add(f"burnish/beat/{other}", 0)
+            count = self.count(other)
             if count < 0:
                 self.judge(other, "ended with an error")
-            self.seen[other] = count, 0 if count != last else silent + 1
+            self.seen[other] = count, silent + 1 if 0 != count == last else 0
             if self.seen[other][1] >= SILENCE:
                 self.judge(other, f"gave no sign of life for {SILENCE * BEAT:.0f} s: it has died or hangs")
 
@@ -150,8 +201,9 @@ class Pulse(threading.Thread):
     def leave(self) -> None:
         """Say that this rank knows why the run ends; where the store is its own, wait for the others to know it."""
         self.store.add("burnish/left", 1)
+        others = sum(self.count(other) != 0 for other in self.seen)
         for _ in range(SILENCE if self.hosts else 0):
-            if self.store.add("burnish/left", 0) > len(self.seen):
+            if self.store.add("burnish/left", 0) > others:
                 return
             time.sleep(BEAT)
 
@@ -168,7 +220,7 @@ class Pulse(threading.Thread):
     def failed(self) -> None:
         """Let the others end."""
         self.stop()
-        self.store.add(f"burnish/beat/{self.rank}", FAILED)
+        self.count(self.rank, FAILED)
 
     def wrong(self) -> bool:
         """Let the others end because the input is wrong; whether this rank is the first that found it so."""
@@ -185,16 +237,19 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     What is wrong with the input is told by the first rank that raises UserError; the others end silently, with 2.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    ranks = Ranks(rank, world, own_device(device))
-    if ranks.device.type == "cuda":
-        torch.cuda.set_device(ranks.device)
-    store = next(iter(dist.rendezvous("env://")))[0]
-    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    ranks.meet()
     pulse = Pulse(rank, world)
     pulse.start()
     try:
+        pulse.await_all()
+        ranks = Ranks(rank, world, own_device(device))
+        if ranks.device.type == "cuda":
+            torch.cuda.set_device(ranks.device)
+        store = connect(False, pulse.until)
+        store.set_timeout(TIMEOUT)
+        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+        with reaching():
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+        ranks.meet()
         yield ranks
         ranks.meet()
         pulse.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 
 import pytest
 import tiny
@@ -12,7 +13,7 @@ from rich.console import Console
 from burnish import cli
 from burnish.bench.strategies import BenchConfig, bench, rows_of, table
 from burnish.bench.strategies_page import page
-from burnish.bench.strategy_job import weights
+from burnish.bench.strategy_job import over_ranks, weights
 from burnish.config import UserError
 from burnish.store.checkpoint import load
 
@@ -96,6 +97,17 @@ def test_a_strategy_that_fails_is_its_own_loss(tmp_path):
     broken, plain = bench(config)["rows"]
     assert broken["status"] == "failed" and "attention heads" in broken["error"] and plain["status"] == "ok"
     assert "attention heads" in page({"rows": [broken], "limits": LIMITS, "environment": {"cpu": "x", "gpus": []}}, "m")
+
+
+def test_a_rank_that_dies_at_its_start_is_named_with_its_last_words(tmp_path, monkeypatch):
+    quick = "from burnish.place import ranks; ranks.ARRIVAL = 5; from burnish.bench.job import main"
+    run = f"exec {sys.executable} -c 'import sys; {quick}; sys.exit(main(*sys.argv[3:]))' \"$@\""
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f"#!/bin/sh\n[ $RANK = 0 ] && {run}\necho no such library >&2; exit 3\n")
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+    with pytest.raises(RuntimeError, match="^rank 1 of 2 did not come to .* within 5 s.*; no such library$"):
+        over_ranks({"kind": "bench", "ranks": 2, "threads": 2, "place": "tensor_parallel"})
 
 
 def test_the_limits_fractions_follow_from_the_times():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import pytest
 import tiny
@@ -15,33 +16,44 @@ from placed_jobs import free_port
 from burnish.cli import main
 
 PROGRAM = """
-import sys
+import os, sys
 from burnish.place import ranks
-ranks.SILENCE = 4
+{changes}
 from burnish.cli import main
 sys.exit(main(sys.argv[1:]))
 """
+QUICK = "ranks.SILENCE = 4"
+DIES_HERE = f"""
+{QUICK}
+if os.environ["RANK"] == "1":
+    ranks.dist.init_process_group = lambda *_, **__: os._exit(9)
+"""
 
 
-def start(world: int, *words: str) -> list[subprocess.Popen]:
+def start(world: int, *words: str, changes: str = QUICK, only: Sequence[int] = ()) -> list[subprocess.Popen]:
+    """`burnish` with `words` in every rank of `world`, or in `only` some, with `changes` to `ranks`."""
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     pipe = subprocess.PIPE
     return [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *words],
+            [sys.executable, "-c", PROGRAM.format(changes=changes), *words],
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=pipe, stderr=pipe, text=True,
         )
-        for rank in range(world)
+        for rank in only or range(world)
     ]  # fmt: skip
 
 
 ENDLESS = ["--prompt", "the cat", "--max-new-tokens", "1000000", "--min-new-tokens", "1000000", "--device", "cpu"]
 
 
-@pytest.mark.parametrize(("place", "world", "dead"), [("layer_parallel", 3, 2), ("tensor_parallel", 2, 0)])
-def test_a_dead_rank_ends_the_others_and_is_named(tmp_path, place, world, dead):
+@pytest.mark.parametrize(
+    ("place", "world", "dead", "changes"),
+    [("layer_parallel", 3, 2, QUICK), ("tensor_parallel", 2, 0, QUICK), ("tensor_parallel", 2, 1, "")],
+    ids=["in layers", "with the store", "at the real pace"],
+)
+def test_a_dead_rank_ends_the_others_and_is_named(tmp_path, place, world, dead, changes):
     folder = tiny.write(tmp_path / "model", tiny.reference("bloom", n_layer=3))
-    running = start(world, "generate", str(folder), "--place", place, *ENDLESS)
+    running = start(world, "generate", str(folder), "--place", place, *ENDLESS, changes=changes)
     try:
         assert running[0].stdout.read(20), "generation is under way"
         running[dead].send_signal(signal.SIGKILL)
@@ -51,6 +63,36 @@ def test_a_dead_rank_ends_the_others_and_is_named(tmp_path, place, world, dead):
             if rank != dead:
                 assert f"rank {dead} " in error.strip().splitlines()[-1] and process.returncode == 1, error
         assert time.monotonic() - began < 60
+    finally:
+        for process in running:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("world", "only", "missing"), [(2, [0], "rank 1"), (2, [1], "rank 0"), (4, [0, 2], "ranks 1, 3")]
+)
+def test_a_rank_that_never_comes_is_named_in_time(root, world, only, missing):
+    """One of those that wait says it; the others end with 2, too, and silently."""
+    folder = str(tiny.folder(root, "llama"))
+    words = ["generate", folder, "--place", "tensor_parallel", "--prompt", "x"]
+    running = start(world, *words, changes="ranks.ARRIVAL = 8", only=only)
+    try:
+        ended = [(process.communicate(timeout=60)[1], process.returncode) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [status for _, status in ended] == [2] * len(only), ended
+    (line,) = [line for error, _ in ended for line in error.splitlines()]
+    assert line.startswith(f"burnish generate: {missing} of {world} did not come to 127.0.0.1:"), line
+
+
+def test_a_rank_that_dies_between_coming_and_the_group_is_named(root):
+    words = ["generate", str(tiny.folder(root, "llama")), "--place", "tensor_parallel", "--prompt", "x"]
+    running = start(2, *words, changes=DIES_HERE)
+    try:
+        _, error = running[0].communicate(timeout=60)
+        assert running[1].wait(60) == 9 and running[0].returncode == 1
+        assert "rank 1 gave no sign of life for 4 s" in error.splitlines()[-1]
     finally:
         for process in running:
             process.kill()
