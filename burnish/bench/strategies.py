@@ -2,9 +2,10 @@
 
 A request is timed as a whole and apart: to its first token, which is the prompt's forward (prefill), and per token
 after it (decode). Decode reads the weights once per token, so its limit is the bandwidth of reading memory; prefill
-multiplies every weight with every token, so its limit is the rate of matrix products. Both are measured in the same
-run. Strategies run in processes of their own, each in every round, forwards and backwards by turns, so that a slow
-minute of the machine falls on all of them.
+multiplies every weight with every token, the head with the last one only, so its limit is the rate of matrix products.
+Both are measured in the same run on one device; what is reached is a share of all devices that are used. Strategies run
+in processes of their own, each in every round, forwards and backwards by turns, so that a slow minute of the machine
+falls on all of them.
 """
 
 from __future__ import annotations
@@ -110,8 +111,10 @@ def rows_of(name: str, rounds: Sequence[Job], batch_sizes: Sequence[int], limits
         first, whole = ([x for part in parts for x in part[key]] for key in ("first_ms", "total_ms"))
         new, prompt = rounds[0]["new_tokens"], parts[0]["prompt_tokens"]
         each = (statistics.fmean(whole) - statistics.fmean(first)) / (new - 1)
-        bandwidth = rounds[0]["weight_bytes"] / rounds[0].get("devices", 1) / (each / 1000)
-        rate = 2 * rounds[0]["multiplied_weights"] * prompt * size / (statistics.fmean(first) / 1000)
+        devices = rounds[0].get("devices", 1)
+        bandwidth = rounds[0]["weight_bytes"] / devices / (each / 1000)
+        products = size * (prompt * rounds[0]["prompt_weights"] + rounds[0]["answer_weights"])
+        rate = 2 * products / devices / (statistics.fmean(first) / 1000)
         rows.append({
             "strategy": name, "batch_size": size, "status": "ok", "error": None, "text": parts[0]["text"],
             "latency_ms": summary(whole), "first_token_ms": statistics.fmean(first), "per_token_ms": each,

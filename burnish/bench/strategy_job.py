@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from burnish import chain, device
 from burnish.bench.rows import Result
+from burnish.compress.gguf import Table
 from burnish.engine.decoding import GenerationConfig
 from burnish.engine.generate import Prompt, stream
 from burnish.model.bundle import Model
 from burnish.model.example import IGNORE, Example
+from burnish.model.linear import Weight
 from burnish.native import products
 from burnish.place.choice import placed, ranks_of
 from burnish.store.checkpoint import load
@@ -29,6 +34,8 @@ from burnish.store.identity import stored_bytes
 
 READ = 1 << 30  # bytes read to measure the bandwidth
 SIDE = 2048  # of the matrices multiplied to measure the rate
+DECODER = re.compile(r"(^|\.)decoder\.")  # of an encoder-decoder
+SOURCE = re.compile(r"(cross|encoder)_attn\.[kv]_proj\.")  # its part that is multiplied with the source, once
 ROOM = 256 << 20  # bytes for an offloaded model's tokenizer and for what it works with
 
 
@@ -92,7 +99,7 @@ def over_ranks(job: Result) -> dict[str, Any]:
     if said or any(codes):
         raise RuntimeError("; ".join(dict.fromkeys(said)) or f"the ranks ended with status {codes}")
     memory = [one["peak_memory_bytes"] for one in found]
-    summed = {name: sum(one[name] for one in found) for name in ("weight_bytes", "multiplied_weights")}
+    summed = {name: sum(one[name] for one in found) for name in ("weight_bytes", "prompt_weights", "answer_weights")}
     devices = count if torch.cuda.is_available() else 1
     return {**found[0], **summed, "peak_memory_bytes": max(memory), "rank_memory_bytes": memory, "devices": devices}
 
@@ -121,16 +128,25 @@ def batch(model: Model, job: Result, size: int) -> dict[str, Any]:
 
 
 def weights(model: Model) -> dict[str, int]:
-    """The bytes of weights that one token of decoding reads, and how many weights a token is multiplied with: all but
-    an embedding that is not the head's too."""
-    sizes = {of(p): p.nbytes for p in model.net.parameters()}
-    heads = {of(p) for module in model.net.head_modules() for p in module.parameters()}
-    table = {of(p) for p in model.net.embed_tokens.parameters()}
-    apart = not table & heads
-    return {
-        "weight_bytes": sum(sizes.values()) - sum(sizes[part] for part in table) * apart,
-        "multiplied_weights": model.parameter_count() - model.net.embed_tokens.weight.numel() * apart,
-    }
+    """The bytes of weights that one token of decoding reads; how many weights of matrices every token of a prompt is
+    multiplied with; and how many are multiplied once in a row, for its answer: the head, and a decoder beside an
+    encoder. Of an embedding rows are looked up: it counts only where it is the head too."""
+    net, paired = model.net, model.spec.paired
+    head = {of(p) for module in net.head_modules() for p in module.parameters()}
+    counted = {of(p) for m in net.modules() if isinstance(m, nn.Embedding | Table) for p in m.parameters()} - head
+    sizes = {of(p): p.numel() if p.dim() > 1 else 0 for p in net.parameters()}
+    for weight in (m for m in net.modules() if isinstance(m, Weight)):  # a quantised one has several parameters
+        sizes |= dict.fromkeys(map(of, weight.parameters()), 0)
+        sizes[of(next(weight.parameters()))] = math.prod(weight.shape)
+    found = {"weight_bytes": 0, "prompt_weights": 0, "answer_weights": 0}
+    for path, parameter in net.named_parameters():
+        part = of(parameter)
+        if part not in counted:
+            counted.add(part)
+            answers = part in head or (paired and bool(DECODER.search(path)) and not SOURCE.search(path))
+            found["answer_weights" if answers else "prompt_weights"] += sizes[part]
+            found["weight_bytes"] += parameter.nbytes * (answers or not paired)
+    return found
 
 
 def of(parameter: torch.Tensor) -> int:
