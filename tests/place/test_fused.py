@@ -141,20 +141,22 @@ def halves_on_a_rank(ranks, folders):
     return found
 
 
-def test_split_over_ranks_a_layer_is_run_in_its_halves(tmp_path):
+@pytest.mark.parametrize("world", [2, 4])
+def test_split_over_ranks_a_layer_is_run_in_its_halves(tmp_path, world):
     if products.library() is None:
         pytest.skip("no compiler")
+    width = 64 * world  # a whole block of NF4 for every rank
     wide = {
-        "llama": {"hidden_size": 128, "intermediate_size": 256},
-        "bloom": {"hidden_size": 128, "n_head": 4},
-        "falcon": {"hidden_size": 128},
-        "gpt2": {"n_embd": 128},
+        "llama": {"hidden_size": width, "intermediate_size": 2 * width},
+        "bloom": {"hidden_size": width, "n_head": 4},
+        "falcon": {"hidden_size": width},
+        "gpt2": {"n_embd": width},
     }
     names = {name: tiny.write(tmp_path / name, tiny.reference(name, **changes)) for name, changes in wide.items()}
     cases = {name: (str(folder), []) for name, folder in names.items()}
     cases |= {kind: (str(names["llama"]), [kind]) for kind in ("int8", "nf4")}
     alone = {name: decoded(chain.apply(load(folder, torch.float32), kind)) for name, (folder, kind) in cases.items()}
-    for rank in on_ranks(2, halves_on_a_rank, cases, tmp_path / "out"):
+    for rank in on_ranks(world, halves_on_a_rank, cases, tmp_path / "out"):
         for name, (plain, got, ran) in rank.items():
             assert ran == [fast.decode.ATTENTION, fast.decode.FEED_FORWARD] * STEPS * 2, name
             torch.testing.assert_close(got, plain, atol=2e-5, rtol=1e-4)

@@ -29,6 +29,7 @@ VARIANTS = {  # name -> (family, head, changes to its tiny config)
         {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "vocab_size": 81},
     ),
     "deep": ("llama", "", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
+    "deep-bloom": ("bloom", "", {"hidden_size": 32, "n_head": 4, "n_layer": 4}),
     "deep-t5": ("t5", "", {"num_layers": 4, "num_decoder_layers": 5}),
     "blocks": ("llama", "", BLOCKS),
     "large": ("llama", "", LARGE),
@@ -43,7 +44,7 @@ ADAPTED = {  # name -> chain on the tiny Llama, disturbed and saved
     "prompt": [{"prompt_tuning": {"num_virtual_tokens": 3}}],
 }
 QUANTISED = {"int8": ["int8"], "nf4": ["nf4"], "nf4-single": [{"nf4": {"double_quant": False}}], "qlora": ["nf4", LORA]}
-IN_FOUR = ("falcon-mqa", "gpt2", "deep", "deep-t5", "uneven", "nf4")
+IN_FOUR = ("falcon-mqa", "gpt2", "deep", "deep-bloom", "deep-t5", "uneven", "int8", "nf4")
 
 
 @pytest.fixture(scope="module")

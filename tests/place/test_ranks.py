@@ -43,6 +43,19 @@ def start(world: int, *words: str, changes: str = QUICK, only: Sequence[int] = (
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("world", "place"), [(2, "tensor_parallel"), (4, "tensor_parallel"), (4, "layer_parallel")])
+def test_torchrun_gives_the_text_of_one_process(tmp_path, capfd, world, place):
+    folder = tiny.write(tmp_path / "model", tiny.reference("llama", num_hidden_layers=4))
+    words = ["-m", "burnish", "generate", str(folder), "--device", "cpu", "--prompt", "the cat sees"]
+    words += ["--max-new-tokens", "12", "--min-new-tokens", "12"]
+    assert main(words[2:]) == 0
+    alone = capfd.readouterr().out
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
+    torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    done = subprocess.run([*torchrun, *words, "--place", place], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and done.stdout == alone and len(alone.split()) > 6, done.stderr
+
+
 ENDLESS = ["--prompt", "the cat", "--max-new-tokens", "1000000", "--min-new-tokens", "1000000", "--device", "cpu"]
 
 
