@@ -1,4 +1,4 @@
-"""The native products on ARM's instructions (NEON), compiled by a cross compiler and run by an emulator, where both are."""
+"""The native products with NEON, ARM's instructions: compiled by a cross compiler, run by an emulator, where both are."""
 
 from __future__ import annotations
 
