@@ -97,13 +97,14 @@ def write(folder: Path, model) -> Path:
 
 
 @cache
-def _built(root: Path, family: str, head: str) -> Path:
-    return write(root / f"{family}-{head or 'default'}", reference(family, head))
+def _built(root: Path, family: str, head: str, **changes) -> Path:
+    name = "-".join([family, head or "default", *(f"{key}={value}" for key, value in changes.items())])
+    return write(root / name, reference(family, head, **changes))
 
 
-def folder(root: Path, family: str, head: str = "") -> Path:
-    """A Hugging Face folder of the tiny model, made once per `root`."""
-    return _built(root, family, head)
+def folder(root: Path, family: str, head: str = "", **changes) -> Path:
+    """A Hugging Face folder of the tiny model with such changes of its config, made once per `root`."""
+    return _built(root, family, head, **changes)
 
 
 def large_folder(folder: Path, width: int, inner: int) -> Path:

@@ -7,20 +7,20 @@ admitted in their order, each when the pool has room for what it has to read. Wh
 goes back to the front of the queue and reads its tokens again later (arXiv 2309.06180, section 4.5); the oldest always
 goes on, so that all come to an end. Blocks of equal beginnings are shared.
 
-A reply is the one that the request would get alone by `generate`, but for ties that rounding decides.
+A reply is the one that the request would get alone by `generate`, but for ties that rounding decides. So is a failure:
+what goes wrong over one request's logits or text ends that one, and what goes wrong over all of a step is its caller's,
+who may take it again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import threading
-from array import array
 from collections import deque
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from types import EllipsisType
 from typing import Any, Literal
 from weakref import WeakValueDictionary
@@ -35,7 +35,8 @@ from burnish.engine.blocks import Blocks
 from burnish.engine.chooser import Chooser
 from burnish.engine.decoding import LOOPS, GenerationConfig
 from burnish.engine.generate import PLAIN, Prompt, rows_of
-from burnish.engine.reply import Ends, Generation, Piece, Row, batch_of, ends_of
+from burnish.engine.reply import Piece, Row, batch_of, ends_of
+from burnish.engine.request import Request
 from burnish.model.cache import Prefix
 from burnish.model.pages import Pages, Step, View
 from burnish.model.transformer import Transformer
@@ -65,57 +66,6 @@ class BatchConfig:
                 f"max_batch_tokens: {self.max_batch_tokens} are too few for a token of each of"
                 f" max_batch_size={self.max_batch_size} requests; raise it"
             )
-
-
-class Request:
-    """A prompt that a batcher continues. Iterating gives its pieces as they come, and takes steps where nobody else
-    does. `ids` and `slots` tell what stands at each position: -1 a token, above a pseudo token, below a prefix."""
-
-    def __init__(self, batcher: Batcher, row: Row, chooser: Chooser, ends: Ends, skipped: int, prefix: int):
-        self.batcher, self.row, self.chooser, self.ends, self.prefix = batcher, row, chooser, ends, prefix
-        example = row.example
-        self.ids = [0] * prefix + example.ids
-        self.slots = [-2 - skipped - i for i in range(prefix)] + (example.slots or [-1] * len(example.ids))
-        self.names: list[bytes] = []
-        self.table: list[int] = []
-        self.fed = 0  # positions whose keys and values are in the pool
-        self.cancelled = self.over = False
-        self.pieces: SimpleQueue[Piece] = SimpleQueue()
-
-    @property
-    def left(self) -> int:
-        """Tokens to feed before the next one can be chosen."""
-        return len(self.ids) - self.fed
-
-    def name(self, block: int) -> bytes:
-        """What a full block holds, by digest: its positions, all before them, and whose adapter they went through."""
-        size = self.batcher.config.block_size
-        for start in range(len(self.names) * size, (block + 1) * size, size):
-            before = self.names[-1] if self.names else str(self.row.adapter).encode()
-            held = array("q", self.ids[start : start + size] + self.slots[start : start + size])
-            self.names.append(hashlib.blake2b(before + held.tobytes(), digest_size=16).digest())
-        return self.names[block]
-
-    def cancel(self) -> None:
-        """Give up: the next step frees what it holds, and no more pieces come."""
-        self.cancelled = True
-
-    def __iter__(self) -> Iterator[Piece]:
-        while True:
-            with suppress(Empty):
-                while True:
-                    yield self.pieces.get_nowait()
-            if self.over and self.pieces.empty():  # in this order: the last piece comes before the end
-                return
-            with self.batcher.lock:
-                if self.pieces.empty() and not self.over:
-                    self.batcher.step()
-
-    def result(self) -> Generation | None:
-        """The whole reply; None where the request was cancelled."""
-        for _ in self:
-            pass
-        return self.row.done
 
 
 class Batcher:
@@ -163,7 +113,7 @@ class Batcher:
             if getattr(config, name) != off:
                 raise UserError(f"{name}: {words} does not run in a batch of requests; use generate")
         row = rows_of(self.model, [prompt], config, None if isinstance(adapter, EllipsisType) else [adapter])[0]
-        row.index = next(self.numbers)
+        row.index, row.name = next(self.numbers), "prompt"
         prefix, shown = self._prefix(row)
         ends, key = ends_of(self.model, config), repr(config)
         chooser = self.choosers.get(key) or Chooser(self.model, config, ends)
@@ -188,7 +138,8 @@ class Batcher:
     @torch.inference_mode()
     def step(self) -> list[Piece]:
         """Advance every request that runs: a token of its reply, or a chunk of its prompt. Gives the new pieces, none
-        where nothing is to be done."""
+        where nothing is to be done. A request that fails gives none, and its reader the error. Where the step itself
+        raises, it may be taken again."""
         with self.lock:
             while not self.arrived.empty():
                 self.waiting.append(self.arrived.get())
@@ -204,10 +155,26 @@ class Batcher:
                 return []
             states = self._forward(feeds)
             ready = {request: place for place, (request, count) in enumerate(feeds.items()) if count == request.left}
-            tokens = self._choose(list(ready), states[list(ready.values())]) if ready else []
-            for request, count in feeds.items():  # from here on nothing can fail
-                self._advance(request, request.fed + count)
-            return [self._push(request, token) for request, token in zip(ready, tokens, strict=True)]
+            tokens = self._choose(list(ready), states[list(ready.values())]) if ready else {}
+            for request, count in feeds.items():  # from here on nothing can fail but a request alone
+                if not request.over:
+                    self._advance(request, request.fed + count)
+            pieces = list[Piece]()
+            for request, token in tokens.items():
+                with self._alone(request):
+                    pieces.append(self._push(request, token))
+            return pieces
+
+    @contextmanager
+    def _alone(self, request: Request) -> Iterator[None]:
+        """What is raised inside is the request's own: it leaves with it, and what it computed is shared no more."""
+        try:
+            yield
+        except Exception as error:
+            for block in request.table:
+                self.blocks.forget(block)
+            request.error = error
+            self._leave(request)
 
     def _leave(self, request: Request) -> None:
         (self.running if request in self.running else self.waiting).remove(request)
@@ -237,11 +204,12 @@ class Batcher:
             self.waiting.popleft()
             self.running.append(request)
             if request.fed < request.prefix:
-                prefix, shown = self._prefix(request.row)
-                assert prefix is not None
-                self._fit(request, shown)
-                View(self.pages, [request.table], [shown], shown - request.fed, [shown]).load(prefix)
-                self._advance(request, shown)
+                with self._alone(request):
+                    prefix, shown = self._prefix(request.row)
+                    assert prefix is not None
+                    self._fit(request, shown)
+                    View(self.pages, [request.table], [shown], shown - request.fed, [shown]).load(prefix)
+                    self._advance(request, shown)
 
     def _prefix(self, row: Row) -> tuple[Prefix | None, int]:
         """The keys and values that techniques put before a row, and how many of the last it sees."""
@@ -332,19 +300,28 @@ class Batcher:
         for number in range(before // size, to // size):
             self.blocks.publish(request.table[number], request.name(number))
 
-    def _choose(self, requests: list[Request], states: Tensor) -> list[int]:
-        """The next token of each request, from its states (requests, hidden)."""
+    def _choose(self, requests: list[Request], states: Tensor) -> dict[Request, int]:
+        """The next token of each request, from its states (requests, hidden); without those that fail over it."""
         logits = self.model.net.logits(states)
         groups: dict[tuple[int, int], list[int]] = {}
         for place, request in enumerate(requests):
             groups.setdefault((id(request.chooser), len(request.row.ids)), []).append(place)
-        tokens = [0] * len(requests)
-        for (_, step), places in groups.items():
-            rows = [requests[place].row for place in places]
-            chosen = requests[places[0]].chooser(logits[places], rows, step)
-            for place, token in zip(places, chosen.tolist(), strict=True):
-                tokens[place] = token
-        return tokens
+        tokens: dict[Request, int] = {}
+        for places in groups.values():
+            group = [requests[place] for place in places]
+            try:
+                tokens |= self._tokens(group, logits[places])
+            except Exception:  # whose it is shows one by one
+                for request, line in zip(group, logits[places], strict=True):
+                    with self._alone(request):
+                        tokens |= self._tokens([request], line[None])
+        return {request: tokens[request] for request in requests if request in tokens}
+
+    def _tokens(self, requests: list[Request], logits: Tensor) -> dict[Request, int]:
+        """The next tokens of requests with one chooser, whose replies are equally long."""
+        first = requests[0]
+        chosen = first.chooser(logits, [request.row for request in requests], len(first.row.ids))
+        return dict(zip(requests, chosen.tolist(), strict=True))
 
     def _push(self, request: Request, token: int) -> Piece:
         """Add a token to a reply, and let the request leave where it ends."""

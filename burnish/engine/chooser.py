@@ -24,7 +24,7 @@ def first_id(model: Model) -> int | None:
 def not_numbers(row: Row, step: int) -> UserError:
     """That a model gives a row NaN for token number `step` of its reply."""
     return UserError(
-        f"prompt {row.index + 1}: the model's logits are not numbers (NaN) at token {step + 1}"
+        f"{row.name}: the model's logits are not numbers (NaN) at token {step + 1}"
         " of the reply; its weights are broken, or overflow: load it in bf16 or fp32 (--dtype fp32)"
     )
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from burnish import chain
 from burnish.chain import Model
-from burnish.engine.chooser import Chooser
+from burnish.engine.chooser import Chooser, not_numbers
 from burnish.engine.decoding import GenerationConfig
 from burnish.engine.reply import Ends, Piece, Row, begin, routes
 
@@ -40,7 +40,11 @@ def contrastive_search(model: Model, rows: list[Row], config: GenerationConfig, 
         likeness = states @ past.transpose(1, 2)  # (B, k, T)
         likeness[..., : padding.shape[1]].masked_fill_(padding[:, None], -1.0)
         likeness = likeness.amax(dim=-1)
-        chosen = ((1 - config.penalty_alpha) * chances - config.penalty_alpha * likeness).argmax(dim=-1)
+        merit = (1 - config.penalty_alpha) * chances - config.penalty_alpha * likeness
+        for row, broken in zip(rows, merit.isnan().any(dim=1).tolist(), strict=True):
+            if broken and not row.done:  # else it would win
+                raise not_numbers(row, step)
+        chosen = merit.argmax(dim=-1)
         kept = torch.arange(len(rows), device=model.device) * k + chosen
         cache.select(kept)
         past = torch.cat((past, states[torch.arange(len(rows)), chosen, None]), dim=1)

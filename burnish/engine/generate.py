@@ -74,8 +74,8 @@ def rows_of(
 ) -> list[Row]:
     """The prompts on their way. Arguments as `stream`'s.
 
-    Raises UserError for a model without a decoder or a language-model head, for a prompt that cannot be encoded or is
-    empty, and where the model's positions do not reach.
+    Raises UserError for a model without a decoder or a language-model head, for a prompt that cannot be encoded, is
+    empty or has tokens that the model lacks, and where its positions do not reach.
     """
     spec = model.spec
     if not spec.generates:
@@ -90,10 +90,16 @@ def rows_of(
     copies: Counter[tuple[int, ...]] = Counter()
     rows = []
     for index, example in enumerate(examples):
-        row = Row(index, example, model, config, copies)
-        row.adapter = chosen[index]
         if not example.ids:
             raise UserError(f"prompt {index + 1} is empty; write something")
+        for token in (min(example.ids), max(example.ids)):
+            if not 0 <= token < spec.vocab_size:
+                raise UserError(
+                    f"prompt {index + 1}: token {token} is none of the model's, 0 to {spec.vocab_size - 1}; encode the"
+                    " text with the model's own tokenizer"
+                )
+        row = Row(index, example, model, config, copies)
+        row.adapter = chosen[index]
         rows.append(row)
     if rows:
         _check_positions(model, max(rows, key=lambda row: len(row.example.ids)), config)
@@ -144,16 +150,14 @@ def _example(model: Model, prompt: Prompt) -> Example:
 def _check_positions(model: Model, longest: Row, config: GenerationConfig) -> None:
     prompt, room, kind = len(longest.example.ids), model.spec.max_positions, model.spec.positions
     if kind == "rotary" and prompt > room > 0 and not model.spec.rope_scaling:
-        raise UserError(
-            f"prompt {longest.index + 1}: {prompt} tokens exceed the {room} that the model was made for; shorten it"
-        )
+        raise UserError(f"{longest.name}: {prompt} tokens exceed the {room} that the model was made for; shorten it")
     if kind != "learned":
         return
     prompt += batch_of(model, [longest])[1]
     last = max(prompt, config.max_new_tokens) if model.spec.paired else prompt + config.max_new_tokens
     if last > room:
         raise UserError(
-            f"prompt {longest.index + 1}: {prompt} tokens and max_new_tokens={config.max_new_tokens} exceed the"
+            f"{longest.name}: {prompt} tokens and max_new_tokens={config.max_new_tokens} exceed the"
             f" model's {room} positions; shorten the prompt or lower max_new_tokens"
         )
 

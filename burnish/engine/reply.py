@@ -48,13 +48,15 @@ class Piece(NamedTuple):
 
 
 class Row:
-    """One prompt on its way. `past` are the tokens that its reply goes on: of an encoder-decoder the first alone."""
+    """One prompt on its way, by its `name` in errors. `past` are the tokens that its reply goes on: of an
+    encoder-decoder the first alone."""
 
     def __init__(
         self, index: int, example: Example, model: Model, config: GenerationConfig, copies: Counter[tuple[int, ...]]
     ):
         slots = example.slots or [-1] * len(example.ids)
-        self.index, self.example, self.limit = index, example, config.max_new_tokens
+        self.index, self.name = index, f"prompt {index + 1}"
+        self.example, self.limit = example, config.max_new_tokens
         self.prompt = [token for token, slot in zip(example.ids, slots, strict=True) if slot < 0]
         self.draws = sampling.Draws(config.seed, self.prompt, copies[tuple(self.prompt)])
         copies[tuple(self.prompt)] += 1

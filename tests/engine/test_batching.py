@@ -23,8 +23,10 @@ from burnish.engine.generate import generate
 from burnish.model.example import IGNORE, Example
 from burnish.model.pages import Pages, Step, View, quantize
 from burnish.native import paged, products
+from burnish.place.fused import stepper_of
 from burnish.store.checkpoint import save
 
+WIDE = {"hidden_size": 64, "intermediate_size": 64}  # the least that the fast path knows
 SOAK = int(os.environ.get("BURNISH_SOAK", "200"))  # random requests; 2000 take a minute or two
 
 
@@ -64,6 +66,15 @@ def batcher(model, blocks: int = 200, **options) -> Watched:
 
 def alone(model, prompt, config, adapters=None):
     return generate(model, [prompt], config, adapters)[0]
+
+
+def load_for(root, path: str, family: str = "llama"):
+    """A tiny model for which the fast path is as `path` says: "in C", or "as modules"."""
+    model = load(root, family, **(WIDE if path == "in C" else {}))
+    if path == "in C" and products.library() is None:
+        pytest.skip("no compiler")
+    assert (stepper_of(model.net) is not None) == (path == "in C")
+    return model
 
 
 def drawn(seed: int, length: int) -> Example:
@@ -248,20 +259,6 @@ def test_cancelled_requests_leave(root):
     assert not pool.busy and pool.blocks.available == pool.blocks.count
 
 
-def test_a_step_that_fails_is_taken_again(root, monkeypatch):
-    model = load(root)
-    pool = batcher(model)
-    requests = [pool.submit(text, LONG) for text in PROMPTS]
-    pool.step()
-    pool.step()
-    for owner, name in ((type(model.net), "logits"), (type(model.net), "forward")):
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, lambda *_, **__: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                pool.step()
-    assert [request.result() for request in requests] == generate(model, PROMPTS, LONG)
-
-
 def test_threads_submit_and_read(root):
     model = load(root)
     want, pool, got = generate(model, PROMPTS, LONG), batcher(model, max_batch_size=3), {}
@@ -286,6 +283,8 @@ def test_refusals(root):
     for other in ({"num_beams": 2}, {"penalty_alpha": 0.5, "top_k": 4}, {"prompt_lookup_num_tokens": 3}):
         with pytest.raises(UserError, match=f"{next(iter(other))}: .* does not run in a batch of requests"):
             pool.submit(PROMPTS[0], GenerationConfig(**other))
+    with pytest.raises(UserError, match="token 80 is none of the model's"):
+        pool.submit(Example([7, 80], [IGNORE] * 2), LONG)
     with pytest.raises(UserError, match="is empty"):
         pool.submit(Example([], []), LONG)
     with pytest.raises(UserError, match=r"kv_memory: 100 bytes hold no block"):

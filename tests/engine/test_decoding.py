@@ -219,10 +219,37 @@ def test_a_schema_that_makes_no_sense():
         GenerationConfig(choices=["a"], min_new_tokens=3)
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"do_sample": True}, {"prompt_lookup_num_tokens": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_beams": 2},
+        {"do_sample": True},
+        {"prompt_lookup_num_tokens": 2},
+        {"penalty_alpha": 0.6, "top_k": 4},
+    ],
+)
 def test_logits_that_are_no_numbers_are_told_in_a_line(root, settings):
     model = load(root)
     with torch.no_grad():
         model.net.norm.weight[3] = float("nan")
     with pytest.raises(UserError, match=r"prompt 1: the model's logits are not numbers .*--dtype fp32"):
         generate(model, ["the cat"], GenerationConfig(max_new_tokens=3, **settings))
+
+
+@pytest.mark.parametrize("limit", [1, 4])
+def test_a_candidate_of_contrastive_search_that_gives_no_numbers_is_not_chosen(root, limit):
+    """Any number compares as less than NaN."""
+    model = load(root)
+    config = GenerationConfig(max_new_tokens=limit, min_new_tokens=limit, penalty_alpha=0.6, top_k=4)
+    with torch.no_grad():
+        ids = torch.tensor([model.tokenizer(PROMPTS[0])["input_ids"]])
+        likely = model.net.logits(model.net(ids))[0, -1]
+        likely[list(eos_ids(model))] = float("-inf")
+        (chosen,) = generate(model, PROMPTS[:1], config)[0].ids[:1]
+        other = next(token for token in likely.topk(4).indices.tolist() if token != chosen)
+        model.net.embed_tokens.weight[other] = float("nan")
+    with pytest.raises(
+        UserError, match=r"prompt 1: the model's logits are not numbers \(NaN\) at token 1 of the reply"
+    ):
+        generate(model, PROMPTS[:1], config)

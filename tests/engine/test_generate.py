@@ -38,10 +38,10 @@ TEMPLATE = "{% for m in messages %}{{ m.content }} : {% endfor %}{% if add_gener
 LONG = GenerationConfig(max_new_tokens=12, min_new_tokens=12)
 
 
-def load(root, family: str = "llama", techniques=()) -> Model:
+def load(root, family: str = "llama", techniques=(), **changes) -> Model:
     """A tiny model whose layers say more than its embeddings, so that it does not just repeat the last token, and
-    which hardly ever says an id that is no word."""
-    model = burnish.load(tiny.folder(root, family))
+    which hardly ever says an id that is no word; with such changes of its config."""
+    model = burnish.load(tiny.folder(root, family, **changes))
     with torch.no_grad():
         for parameter in model.net.layers.parameters():
             parameter.mul_(4 if parameter.dim() > 1 else 1)
@@ -278,6 +278,9 @@ def test_what_cannot_be_continued(root):
         generate(model, PROMPTS[0])
     with pytest.raises(UserError, match="prompt is empty"):
         generate(model, [""])
+    for token in (80, -1):
+        with pytest.raises(UserError, match=f"prompt 2: token {token} is none of the model's, 0 to 79; encode"):
+            generate(model, ["the cat", Example([7, token, 8], [IGNORE] * 3)])
     with pytest.raises(UserError, match="no chat template; add"):
         generate(model, [[{"role": "user", "content": "the cat"}]])
     model.tokenizer.chat_template = "{{ raise_exception('no users here') }}"
