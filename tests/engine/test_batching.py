@@ -3,7 +3,6 @@ bounds."""
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 from collections import Counter
@@ -27,7 +26,6 @@ from burnish.place.fused import stepper_of
 from burnish.store.checkpoint import save
 
 WIDE = {"hidden_size": 64, "intermediate_size": 64}  # the least that the fast path knows
-SOAK = int(os.environ.get("BURNISH_SOAK", "200"))  # random requests; 2000 take a minute or two
 
 
 class Watched(Batcher):
@@ -342,26 +340,3 @@ def test_int8_replies_do_not_depend_on_the_company(root):
     pool = batcher(model, kv_cache_dtype="int8", max_batch_tokens=6, max_batch_size=3)
     requests = [pool.submit(text, LONG) for text in PROMPTS]
     assert [request.result() for request in requests] == first
-
-
-def test_soak(root):
-    """Random requests come, go and are given up; every reply is the one alone, and all blocks come back."""
-    model, draw = load(root, "mistral"), random.Random(1)
-    pool = batcher(model, blocks=24, max_batch_size=5, max_batch_tokens=11)
-    texts = [drawn(seed, 30).ids for seed in range(3)]
-    requests = []
-    while len(requests) < SOAK or pool.busy:
-        for _ in range(draw.choice((0, 0, 0, 1, 1, 5)) if len(requests) < SOAK else 0):
-            ids = [*draw.choice(texts)[: draw.randrange(31)], *drawn(draw.random(), draw.randrange(1, 12)).ids]
-            config = GenerationConfig(
-                max_new_tokens=draw.randrange(1, 12), do_sample=draw.random() < 0.5, seed=draw.randrange(9)
-            )
-            prompt = Example(ids, [IGNORE] * len(ids))
-            requests.append((pool.submit(prompt, config), prompt, config))
-        pool.step()
-        if draw.random() < 0.03:
-            draw.choice(requests)[0].cancel()
-    assert pool.blocks.available == pool.blocks.count and pool.again
-    replies = [(request, alone(model, prompt, config)) for request, prompt, config in requests]
-    assert all(request.row.done == done if request.row.done else request.cancelled for request, done in replies)
-    assert sum(request.row.done is None for request, _ in replies) < SOAK / 3
