@@ -19,6 +19,7 @@ AT_LEAST = {
     "prompt_lookup_num_tokens": 0,
     "num_assistant_tokens": 1,
 }
+FAR = 1e12  # so that no logit leaves float32
 SHARES = ("top_p", "typical_p")  # above 0, at most 1
 SAMPLING = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1}  # and what switches each off
 LOOPS = {  # what replaces one token a step, and what each is called
@@ -82,9 +83,10 @@ class GenerationConfig:
         for name, least in AT_LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}: must be at least {least}, is {getattr(self, name)}")
-        if not self.temperature > 0:
+        if not 1 / FAR <= self.temperature <= FAR:
             raise UserError(
-                f"temperature: must be above 0, is {self.temperature}; for the most likely token set do_sample: false"
+                f"temperature: must be from {1 / FAR:g} to {FAR:g}, is {self.temperature}; for the most likely token"
+                " set do_sample: false"
             )
         for name in SHARES:
             if not 0 < getattr(self, name) <= 1:
@@ -92,8 +94,13 @@ class GenerationConfig:
         for name in ("min_p", "penalty_alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}: must be from 0 to 1, is {getattr(self, name)}")
-        if not self.repetition_penalty > 0:
-            raise UserError(f"repetition_penalty: must be above 0, is {self.repetition_penalty}; 1 is none")
+        if not 1 / FAR <= self.repetition_penalty <= FAR:
+            raise UserError(
+                f"repetition_penalty: must be from {1 / FAR:g} to {FAR:g}, is {self.repetition_penalty}; 1 is none"
+            )
+        for name in ("presence_penalty", "frequency_penalty", "diversity_penalty"):
+            if not abs(getattr(self, name)) <= FAR:
+                raise UserError(f"{name}: must be from {-FAR:g} to {FAR:g}, is {getattr(self, name)}")
         if self.min_new_tokens > self.max_new_tokens:
             raise UserError(f"min_new_tokens: {self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):

@@ -64,17 +64,21 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     """logits (B, V) with all but the nucleus at -inf: the most likely tokens that together reach probability p.
 
     Nucleus sampling, "The Curious Case of Neural Text Degeneration" (arXiv 1904.09751), section 3.1. The most likely
-    token always stays. To sort a whole vocabulary takes longer than to find the few hundred tokens of a usual nucleus.
+    token always stays; of equally likely ones that not all stay, the first do. To sort a whole vocabulary takes longer
+    than to find the few hundred tokens of a usual nucleus.
     """
     total = logits.double().logsumexp(dim=-1, keepdim=True)
     for width in (min(NUCLEUS, logits.shape[-1]), logits.shape[-1]):
-        best, index = logits.topk(width)
+        best = logits.topk(width).values
         mass = (best - total).exp().cumsum(dim=-1)
         if mass[:, -1].min() >= p:
             break
     before = mass.roll(1, dims=-1)
     before[:, 0] = 0
-    return torch.full_like(logits, NEVER).scatter(1, index, best.masked_fill(before >= p, NEVER))
+    least = best.masked_fill(before >= p, -NEVER).amin(dim=-1, keepdim=True)
+    ties = logits == least
+    room = ((best == least) & (before < p)).sum(dim=-1, keepdim=True)
+    return logits.masked_fill((logits < least) | (ties & (ties.cumsum(dim=-1) > room)), NEVER)
 
 
 def min_p(logits: Tensor, p: float) -> Tensor:

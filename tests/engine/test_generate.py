@@ -247,10 +247,16 @@ def test_chat_prompts_and_labelled_examples(root):
     [
         ({"max_new_tokens": 0}, "max_new_tokens: must be at least 1"),
         ({"min_new_tokens": 65}, "min_new_tokens: 65 is above max_new_tokens=64"),
-        ({"temperature": 0.0, "do_sample": True}, "temperature: must be above 0"),
+        (
+            {"temperature": 0.0, "do_sample": True},
+            "temperature: must be from 1e-12 to 1e.12, is 0.0; .* do_sample: false",
+        ),
+        ({"temperature": float("inf"), "do_sample": True}, "temperature: must be from"),
         ({"top_p": 1.5, "do_sample": True}, "top_p: must be above 0 and at most 1"),
         ({"top_k": -1}, "top_k: must be at least 0"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty: must be above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: must be from 1e-12 to 1e.12, is 0.0; 1 is none"),
+        ({"presence_penalty": float("-inf")}, "presence_penalty: must be from -1e.12 to 1e.12, is -inf"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty: must be from"),
         ({"stop": "text"}, "stop: a list"),
         ({"stop": ["a", ""]}, "stop: a list of non-empty texts"),
         ({"batch_size": 0}, "batch_size: must be at least 1"),
