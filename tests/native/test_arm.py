@@ -1,4 +1,4 @@
-"""The native products with NEON, ARM's instructions: compiled by a cross compiler, run by an emulator, where both are."""
+"""The native products with NEON: compiled by a cross compiler for ARM and run by an emulator, where both are there."""
 
 from __future__ import annotations
 
