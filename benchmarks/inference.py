@@ -38,6 +38,9 @@ RUNS = {
     "burnish int8": ("burnish", "int8"),
     "burnish nf4": ("burnish", "nf4"),
     "burnish int_groups": ("burnish", "int_groups"),
+    "burnish int_groups, 8 bits": ("burnish", "int_groups 8"),
+    "burnish int_groups, 3 bits": ("burnish", "int_groups 3"),
+    "burnish int_groups, 2 bits": ("burnish", "int_groups 2"),
     "burnish Q8_0": ("file", "Q8_0"),
     "burnish Q4_0": ("file", "Q4_0"),
     "transformers bf16": ("transformers", ""),
@@ -121,7 +124,8 @@ def run_burnish(folder: Path, technique: str, count: int) -> dict[str, Any]:
     from burnish import chain
     from burnish.store.checkpoint import load
 
-    techniques = [technique] if technique else []
+    name, _, bits = technique.partition(" ")
+    techniques = [{name: {"bits": int(bits)} if bits else {}}] if name else []
     return run_model(chain.apply(load(folder / "base", techniques=techniques), techniques), count)
 
 

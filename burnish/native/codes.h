@@ -2,7 +2,7 @@
  *
  * Two bits of 128 weights are 32 bytes; the j-th pairs of bits of these are part j, and so NIBBLES puts x. Bytes 8 i to
  * 8 i + 7 belong to the i-th unit in every part, so that the parts' products are summed before they meet the scales. Eight
- * bits are in order, and each part of 32 is a unit.
+ * bits are in order, and each part of 32 is a unit; where four have one scale, they are summed as well.
  */
 
 #pragma once
@@ -41,15 +41,19 @@ INLINE void code_parts(enum kind kind, const uint8_t *row, int64_t columns, int6
     }
 }
 
-/* sum + four parts by 128 activations, each position's product by its unit's of four scales. */
-INLINE lanes by_units(enum kind kind, const words *parts, const char *x, const float *scales, lanes sum) {
-    if (kind == GROUPED_8) {
+/* sum + four parts by 128 activations, each position's product by its unit's of four scales, which are the same where
+ * `alike`. */
+INLINE lanes by_units(enum kind kind, int alike, const words *parts, const char *x, const float *scales, lanes sum) {
+    if (kind == GROUPED_8 && !alike) {
         EVERY(j, 4) sum = multiply_add(product_of(parts[j], words_at(x + 64 * j)), scales[j] - (lanes){0}, sum);
         return sum;
     }
 #ifdef WIDE
-    const __m512i of_unit = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    const __m512 scale = _mm512_permutexvar_ps(of_unit, _mm512_broadcast_f32x4(_mm_loadu_ps(scales)));
+    __m512 scale = _mm512_set1_ps(scales[0]);
+    if (!alike) {
+        const __m512i of_unit = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+        scale = _mm512_permutexvar_ps(of_unit, _mm512_broadcast_f32x4(_mm_loadu_ps(scales)));
+    }
     __m512i both[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
     EVERY(j, 4) both[j % 2] = _mm512_dpwssd_epi32(both[j % 2], parts[j], words_at(x + 64 * j));
     return multiply_add((lanes)_mm512_cvtepi32_ps(_mm512_add_epi32(both[0], both[1])), (lanes)scale, sum);
@@ -60,32 +64,41 @@ INLINE lanes by_units(enum kind kind, const words *parts, const char *x, const f
         low = _mm256_add_epi32(low, _mm256_madd_epi16(parts[j].low, values.low));
         high = _mm256_add_epi32(high, _mm256_madd_epi16(parts[j].high, values.high));
     }
+    if (alike) return multiply_add(floats_of(_mm256_add_epi32(low, high)), scales[0] - (lanes){0}, sum);
     const __m256 first = _mm256_set_m128(_mm_set1_ps(scales[1]), _mm_set1_ps(scales[0]));
     const __m256 second = _mm256_set_m128(_mm_set1_ps(scales[3]), _mm_set1_ps(scales[2]));
     return multiply_add(floats_of(high), (lanes)second, multiply_add(floats_of(low), (lanes)first, sum));
 #endif
 }
 
-/* `height` rows from the r0-th by `width` tokens from `token`. */
-INLINE void codes_tile(enum kind kind, int height, int width, const product *p, const group *g, int64_t r0,
-                       int64_t token) {
+INLINE void codes_tile_of(enum kind kind, int alike, int height, int width, const product *p, const group *g, int64_t r0,
+                          int64_t token) {
     const int64_t pairs = (g->blocks + 1) / 2;
     const char *x = p->x + token * p->stride, *rates = x + 4 * BLOCK * pairs;
     const lines rows = lines_of(kind, height, p->w, g, r0);
     lanes sums[MOST_HEIGHT][MOST_WIDTH];
     clear(height, width, sums);
     for (int64_t pair = 0; pair < pairs; pair++, x += 4 * BLOCK, rates += 4)
-#pragma GCC unroll 1
-        for (int r = 0; r < height; r++) {
+        EVERY(r, height) {
             words parts[4];
             code_parts(kind, rows.bytes[r], p->w->columns, pair, parts);
             EVERY(t, width) {
                 float rate;
                 memcpy(&rate, rates + t * p->stride, 4);
-                const lanes sum = by_units(kind, parts, x + t * p->stride, rows.scales[r] + 4 * pair, (lanes){0});
+                const lanes sum = by_units(kind, alike, parts, x + t * p->stride, rows.scales[r] + 4 * pair, (lanes){0});
                 sums[r][t] = multiply_add(sum, rate - (lanes){0}, sums[r][t]);
             }
         }
     store(kind, height, width, p, sums, g, r0, token);
+}
+
+/* `height` rows from the r0-th by `width` tokens from `token`. */
+INLINE void codes_tile(enum kind kind, int height, int width, const product *p, const group *g, int64_t r0,
+                       int64_t token) {
+    const int64_t size = (int64_t)p->w->levels[16];
+    if (kind == GROUPED_8 && (size % (2 * BLOCK) == 0 || size == p->w->columns))
+        codes_tile_of(kind, 1, height, width, p, g, r0, token);
+    else
+        codes_tile_of(kind, 0, height, width, p, g, r0, token);
 }
 #endif
