@@ -146,7 +146,7 @@ class Grouped(Weight):
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.kind = KINDS[form.bits]
-        self.regular = not shape[1] % (128 if form.bits < 4 else 64) and (not self.size % UNIT or self.size == shape[1])
+        self.regular = not shape[1] % 64 and (not self.size % UNIT or self.size == shape[1])
 
     @classmethod
     def of(cls, form: Form, codes: Tensor, scale: Tensor, zero: Tensor, order: Tensor | None = None) -> Grouped:

@@ -9,22 +9,19 @@
 #include "whole.h"
 
 #ifdef WHOLE_NUMBERS
-/* The codes of the `pair`-th 128 weights of a row less the middle one, in four parts. */
-INLINE void code_parts(enum kind kind, const uint8_t *row, int64_t columns, int64_t pair, words *parts) {
+/* The codes of 128 weights less the middle one, in four parts: from their bytes, and of three bits the lowest ones'. */
+INLINE void code_parts(enum kind kind, const uint8_t *from, const uint8_t *bits, words *parts) {
     const __m256i middle = _mm256_set1_epi8((char)middle_of(kind)), six = _mm256_set1_epi8(6), one = _mm256_set1_epi8(1);
     if (kind == GROUPED_8) {
-        const __m256i *from = (const __m256i *)(row + pair * 2 * BLOCK);
-        FETCH((const uint8_t *)from);
-        FETCH((const uint8_t *)from + 64);
-        EVERY(j, 4) parts[j] = of_signed(_mm256_xor_si256(_mm256_loadu_si256(from + j), middle));
+        FETCH(from);
+        FETCH(from + 64);
+        EVERY(j, 4) parts[j] = of_signed(_mm256_xor_si256(_mm256_loadu_si256((const __m256i *)from + j), middle));
         return;
     }
-    const uint8_t *from = row + pair * (BLOCK / 2);
     const __m256i pairs = _mm256_loadu_si256((const __m256i *)from);
     __m256i lowest = one;
     FETCH(from);
     if (kind == GROUPED_3) {
-        const uint8_t *bits = row + columns / 4 + pair * (BLOCK / 4);
         const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)bits));
         lowest = _mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)); /* of each nibble's byte the lower four */
         FETCH(bits);
@@ -73,7 +70,7 @@ INLINE lanes by_units(enum kind kind, int alike, const words *parts, const char 
 
 INLINE void codes_tile_of(enum kind kind, int alike, int height, int width, const product *p, const group *g, int64_t r0,
                           int64_t token) {
-    const int64_t pairs = (g->blocks + 1) / 2;
+    const int64_t pairs = (g->blocks + 1) / 2, columns = p->w->columns;
     const char *x = p->x + token * p->stride, *rates = x + 4 * BLOCK * pairs;
     const lines rows = lines_of(kind, height, p->w, g, r0);
     lanes sums[MOST_HEIGHT][MOST_WIDTH];
@@ -81,7 +78,10 @@ INLINE void codes_tile_of(enum kind kind, int alike, int height, int width, cons
     for (int64_t pair = 0; pair < pairs; pair++, x += 4 * BLOCK, rates += 4)
         EVERY(r, height) {
             words parts[4];
-            code_parts(kind, rows.bytes[r], p->w->columns, pair, parts);
+            const uint8_t *from = rows.bytes[r] + pair * (kind == GROUPED_8 ? 2 * BLOCK : BLOCK / 2);
+            const uint8_t *bits = rows.bytes[r] + columns / 4 + pair * (BLOCK / 4);
+            if (__builtin_expect(pair >= g->blocks / 2, 0)) from = rows.rests[r], bits = from + LOWEST;
+            code_parts(kind, from, bits, parts);
             EVERY(t, width) {
                 float rate;
                 memcpy(&rate, rates + t * p->stride, 4);

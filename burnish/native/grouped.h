@@ -26,6 +26,15 @@ INLINE int middle_of(enum kind kind) {
     return kind == GROUPED_2 ? 2 : kind == GROUPED_3 ? 4 : kind == GROUPED ? 8 : 128;
 }
 
+#define LOWEST 32 /* where in a row's rest three bits' lowest ones are */
+
+/* The last 64 weights of a row of codes, where these are no pair of blocks. */
+INLINE void codes_rest(enum kind kind, const uint8_t *row, int64_t columns, uint8_t *rest) {
+    const int64_t size = kind == GROUPED_8 ? BLOCK : BLOCK / 4;
+    memcpy(rest, row + (kind == GROUPED_8 ? columns : columns / 4) - size, size);
+    if (kind == GROUPED_3) memcpy(rest + LOWEST, row + columns / 4 + columns / 8 - BLOCK / 8, BLOCK / 8);
+}
+
 /* Floats that a thread keeps for a row's constants: in groups the scales of all units, then what zero points add. */
 INLINE int64_t constants_of(enum kind kind, int64_t blocks) { return in_groups(kind) ? 4 * even(blocks) : blocks + 1; }
 

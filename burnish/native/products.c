@@ -246,8 +246,10 @@ INLINE void rows_of(enum kind kind, enum arithmetic how, const product *p, group
             scales[g->blocks] = 0; /* read where a last block has no pair */
         }
         if (in_groups(kind)) expand_groups(kind, w, row, g->blocks, how, g->scales + r * constants_of(kind, g->blocks));
-        if (rest && !in_codes(kind)) {
-            memset(g->rests + r * MOST_REST, 0, MOST_REST);
+        if (in_codes(kind) ? g->blocks % 2 : rest) memset(g->rests + r * MOST_REST, 0, MOST_REST);
+        if (in_codes(kind)) {
+            if (g->blocks % 2) codes_rest(kind, w->bytes + row * g->row_bytes, w->columns, g->rests + r * MOST_REST);
+        } else if (rest) {
             memcpy(g->rests + r * MOST_REST, w->bytes + (row + 1) * g->row_bytes - rest, rest);
         }
     }
@@ -451,8 +453,7 @@ typedef struct {
     int64_t threads;
 } request;
 
-/* Returns 1 where memory is short, else 0. All but int8 needs columns that are a multiple of 64, two and three bits of
- * 128. */
+/* Returns 1 where memory is short, else 0. All but int8 needs columns that are a multiple of 64. */
 int matmul(const request *q) {
     if (q->tokens > MOST_FEW)
         return multiply_many(q->kind, &q->w, q->x, q->x_half, q->tokens, q->bias, q->out, q->threads);

@@ -129,7 +129,7 @@ def as_stored(values: Tensor, constants: Sequence[Tensor], levels: Tensor | None
     (codes uint8 per block, absmax2 float32 per 256 blocks, offset float32, map (256,) float32); levels (16,) float32.
     In groups: packed (out, in * bits / 8) uint8; zero (out, groups) uint8 or None; scale (out, groups) float16; two
     that are None; and the sixteen levels and the group's size, a multiple of 32 or `in`, float32; `in` a multiple of
-    64, of two and three bits of 128.
+    64.
     int8: values (out, in) int8, constants (scale (out,) float32,). Dense: values (out, in) bfloat16 or float32, `in` a
     multiple of 64.
     """
