@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import islice
 
 import pytest
 import torch
-from gguf_models import CASES, TEXT, checkpoint, logits, tokenizer
+from gguf_models import CASES, TEXT, TEXTS, checkpoint, logits, tokenizer
 
 import burnish
 from burnish import chain, cli
@@ -20,10 +21,13 @@ from burnish.native import products
 from burnish.place import offload
 from burnish.store.checkpoint import load, save
 from burnish.store.gguf import read_gguf
-from burnish.store.gguf_model import TYPES, write
+from burnish.store.gguf_model import CODES, TYPES, write
 
 PROMPT = "Question: What does Odile Kinlow like to eat? Answer:"
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "tie_word_embeddings": True}
+# Of the logits' spread: nearer to each other, rounding decides. llama.cpp rounds what meets a bfloat16 matrix to
+# bfloat16, and what meets a quantised one to 8 bits (0.3); its cache is float16.
+CLOSE = {"f32": 0.01, "f16": 0.01, "bf16": 0.06}
 
 
 @pytest.fixture(scope="module")
@@ -241,25 +245,74 @@ def test_a_write_that_fails_leaves_nothing(wide, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0", "q4_0", "q4_k", "q5_k", "q6_k"])
+def opened_by_llama_cpp(path):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    return llama_cpp.Llama(str(path), n_ctx=128, n_threads=1, n_threads_batch=1, verbose=False, logits_all=True)
+
+
+def same_reply(llama, model, prompt: str, kind: str, tokens: int = 24) -> list[bool]:
+    """At which of burnish's greedy tokens, fed to llama.cpp, the likeliest leads by more than rounding: there it must
+    be llama.cpp's, and what comes before the first other one must be what llama.cpp generates alone."""
+    ids = model.tokenizer(prompt)["input_ids"]
+    assert llama.tokenize(prompt.encode(), add_bos=False, special=True) == ids
+    reply = burnish.generate(model, [prompt], GenerationConfig(max_new_tokens=tokens))[0].ids
+    fed = ids + reply[:-1]
+    with torch.no_grad():
+        ours = model.net.logits(chain.forward(model, {"input_ids": torch.tensor([fed])})).float()[0, len(ids) - 1 :]
+    assert ours.argmax(1).tolist() == reply
+    best = ours.topk(2).values
+    sure = (best[:, 0] - best[:, 1] > CLOSE.get(kind, 0.3) * ours.std()).tolist()
+    llama.reset()
+    llama.eval(fed)
+    theirs = llama.scores[len(ids) - 1 : len(fed)].argmax(1).tolist()
+    assert all(their == own for their, own, kept in zip(theirs, reply, sure, strict=True) if kept), (theirs, reply)
+    alone = [*sure, False].index(False)
+    assert list(islice(llama.generate(ids, temp=0), alone)) == reply[:alone]
+    return sure
+
+
+@pytest.mark.parametrize("kind", TYPES)
 def test_llama_cpp_writes_the_same_text(tmp_path, kind):
     _, model = exported("pebble", tmp_path / "pebble.gguf", kind)
-    llama = pytest.importorskip("llama_cpp").Llama(str(tmp_path / "pebble.gguf"), n_ctx=128, verbose=False)
-    for text in (PROMPT, "<|user|>Where?<|end|><|assistant|>", "a  b\n 1234 it's"):
-        ids = model.tokenizer(text)["input_ids"]
-        assert llama.tokenize(text.encode(), add_bos=False, special=True) == ids
-    tokens = 24 if kind in ("f32", "f16") else 3  # further on llama.cpp's 8-bit activations decide between near ties
-    reply = llama(PROMPT, max_tokens=tokens, temperature=0)["choices"][0]["text"]
-    assert [reply] == greedy(model, [PROMPT], tokens)
+    llama = opened_by_llama_cpp(tmp_path / "pebble.gguf")
+    review = "Review: The food was cold and the staff was rude. Sentiment:"
+    for prompt in (PROMPT, "<|user|>Where?<|end|><|assistant|>", review, "a  b\n 1234 it's"):
+        assert llama.tokenize(prompt.encode(), add_bos=False, special=True) == model.tokenizer(prompt)["input_ids"]
+    for prompt in (PROMPT, "<|user|>Where?<|end|><|assistant|>", review):
+        sure = same_reply(llama, model, prompt, kind)
+        assert sum(sure) >= len(sure) / 3
+    reply = llama(PROMPT, max_tokens=2, temperature=0)["choices"][0]["text"]
+    assert [reply] == greedy(model, [PROMPT], 2) == [" lentils."]
+    llama.close()
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "width"),
+    [
+        ("qwen2", "q8_0", {"hidden_size": 64, "intermediate_size": 96}),
+        ("qwen3", "q4_k", {"hidden_size": 256, "intermediate_size": 256}),
+        ("gpt2", "q4_0", {"n_embd": 64}),
+        ("gpt_neox", "bf16", {}),
+        ("falcon", "q8_0", {"hidden_size": 64}),
+        ("mpt", "q4_0", {"d_model": 64, "n_heads": 4}),
+    ],
+)
+def test_llama_cpp_writes_the_same_text_from_other_families(tmp_path, case, kind, width):
+    family, changes = CASES[case]
+    folder = checkpoint(tmp_path / "folder", family, **{**changes, **width})
+    _, model = exported(folder, tmp_path / "m.gguf", kind)
+    assert CODES[kind] in {stored.code for stored in read_gguf(tmp_path / "m.gguf").tensors.values()}
+    llama = opened_by_llama_cpp(tmp_path / "m.gguf")
+    sure = [same_reply(llama, model, text, kind, tokens=10) for text in (TEXT, *TEXTS)]
+    assert sum(map(sum, sure)) >= 10
     llama.close()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_llama_cpp_computes_the_same(tmp_path, case):
-    llama_cpp = pytest.importorskip("llama_cpp")
     family, changes = CASES[case]
     _, model = exported(checkpoint(tmp_path / "folder", family, **changes), tmp_path / "m.gguf", "f32")
-    llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, verbose=False, logits_all=True)
+    llama = opened_by_llama_cpp(tmp_path / "m.gguf")
     ids = llama.tokenize(TEXT.encode(), add_bos=False, special=True)
     assert ids == model.tokenizer(TEXT)["input_ids"]
     llama.eval(ids)
@@ -281,7 +334,7 @@ def test_files_that_llama_cpp_quantised(tmp_path, file_type, inner):
     theirs = load(tmp_path / "theirs.gguf")
     got, want = logits(theirs), logits(model)
     assert (got - want).norm() < (0.5 if file_type in (2, 15) else 0.25) * want.norm()
-    llama = llama_cpp.Llama(str(tmp_path / "theirs.gguf"), n_ctx=64, verbose=False, logits_all=True)
+    llama = opened_by_llama_cpp(tmp_path / "theirs.gguf")
     llama.eval(tokenizer()(TEXT)["input_ids"])
     assert (
         inner == 512
