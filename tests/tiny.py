@@ -107,7 +107,7 @@ def folder(root: Path, family: str, head: str = "", **changes) -> Path:
     return _built(root, family, head, **changes)
 
 
-def large_folder(folder: Path, width: int, inner: int) -> Path:
+def large_folder(folder: Path, width: int, inner: int, tokens: int = 80) -> Path:
     """A Hugging Face folder of a random Llama of 16 layers in bfloat16, large enough for its memory to be seen."""
     import transformers as t
     from safetensors.torch import save_file
@@ -117,12 +117,13 @@ def large_folder(folder: Path, width: int, inner: int) -> Path:
     shapes |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
     shapes |= {"input_layernorm": (width,), "post_attention_layernorm": (width,)}
     named = {f"model.layers.{n}.{name}.weight": shape for n in range(16) for name, shape in shapes.items()}
-    named |= {"model.embed_tokens.weight": (80, width), "lm_head.weight": (80, width), "model.norm.weight": (width,)}
+    named |= {f"{name}.weight": (tokens, width) for name in ("model.embed_tokens", "lm_head")}
+    named |= {"model.norm.weight": (width,)}
     tensors = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in named.items()}
     for tensor in tensors.values():
         tensor.normal_(float(tensor.dim() == 1), 0.03, generator=draw)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    sizes = {"vocab_size": 80, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": 16}
+    sizes = {"vocab_size": tokens, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": 16}
     sizes |= {"num_attention_heads": width // 64, "num_key_value_heads": width // 64, "max_position_embeddings": 64}
     t.LlamaConfig(**sizes, architectures=["LlamaForCausalLM"], eos_token_id=1).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
