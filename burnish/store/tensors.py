@@ -33,9 +33,11 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 HEADER_LIMIT = 100_000_000
+MARK = 112  # bytes that parsing a header takes for each of its "{", "[" and ","; at most
+SPARE = 1 << 16  # bytes that it may take beyond four times the file
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """Where one tensor lies: its file, dtype, shape, and byte range in the file."""
 
@@ -110,8 +112,11 @@ def read_header(path: Path) -> dict[str, Entry]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, HEADER_LIMIT):
             raise broken("its header is cut off")
+        text = file.read(length)
+        if MARK * sum(map(text.count, (b"{", b"[", b","))) > 4 * size + SPARE:
+            raise broken("its header lists more than the file has room for")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(text)
             entries = {}
             for name, info in header.items():
                 if name == "__metadata__":

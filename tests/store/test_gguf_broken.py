@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import resource
+import shutil
+import signal
 import struct
 import tracemalloc
 from pathlib import Path
@@ -13,6 +16,7 @@ from gguf_models import checkpoint
 
 from burnish import cli
 from burnish.config import UserError
+from burnish.store import checkpoint as checkpoint_module
 from burnish.store import gguf_tokenizer
 from burnish.store.checkpoint import load
 from burnish.store.gguf import Piece, read_gguf, write_gguf
@@ -20,6 +24,8 @@ from burnish.store.gguf_model import opened, write
 from burnish.store.tensors import read_header
 
 GGUF_FILES, SAFETENSORS_FILES = 14_000, 6_000
+SECONDS = 20  # of processor time that one file may take
+ROOM = 256 << 20  # bytes of address space beyond what the process has, torch's among them: far less than a lie asks for
 EXTREMES = (0, 1, 2**8, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
 
 
@@ -27,11 +33,11 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="files i
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> tuple[bytes, bytes]:
-    """A GGUF file and the safetensors file that it was made of."""
+def files(tmp_path_factory) -> tuple[bytes, bytes, Path]:
+    """A GGUF file, the safetensors file that it was made of, and the folder of both."""
     folder = checkpoint(tmp_path_factory.mktemp("llama"), "llama")
     write(load(folder), folder / "m.gguf", "q4_0")
-    return (folder / "m.gguf").read_bytes(), (folder / "model.safetensors").read_bytes()
+    return (folder / "m.gguf").read_bytes(), (folder / "model.safetensors").read_bytes(), folder
 
 
 def header_size(raw: bytes, tmp_path: Path) -> int:
@@ -62,9 +68,20 @@ def mutated(raw: bytes, header: int, rng: random.Random) -> bytes:
 
 @pytest.fixture
 def memory():
-    """A file in memory, as its descriptor: truncating one on a disk takes longer than reading it."""
-    descriptor = os.memfd_create("damaged")
+    """A file in memory, as its descriptor: truncating one on a disk takes longer than reading it. What allocates beyond
+    ROOM, or goes on beyond SECONDS, fails."""
+
+    def hangs(*_):
+        raise AssertionError(f"a file took more than {SECONDS} s")
+
+    descriptor, before = os.memfd_create("damaged"), signal.signal(signal.SIGPROF, hangs)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, limits[1]))
     yield descriptor
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.signal(signal.SIGPROF, before)
     os.close(descriptor)
 
 
@@ -77,6 +94,7 @@ def put(descriptor: int, data: bytes) -> Path:
 def refused_or_read(read, path: Path, watched: bool) -> object:
     """What `read` gives, None where it raises UserError; anything else it raises fails the test."""
     size = path.stat().st_size
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     if watched:
         tracemalloc.start()
     try:
@@ -102,9 +120,10 @@ def test_damaged_gguf_files(files, memory, tmp_path):
     for number in range(GGUF_FILES):
         data = mutated(raw, header, rng)
         path = put(memory, data)
-        read = read_gguf if number % 20 == 0 else read_everything
-        found = refused_or_read(read, path, number % 20 == 0)
-        if found is None or number % 20 == 0:
+        if number % 10 == 0:
+            refused_or_read(read_gguf, path, True)
+        found = refused_or_read(read_everything, path, False)
+        if found is None:
             continue
         whole += 1
         assert all(0 <= x.entry.start < x.entry.end <= path.stat().st_size for x in found.file.tensors.values())
@@ -114,17 +133,59 @@ def test_damaged_gguf_files(files, memory, tmp_path):
     assert whole > 500 and loaded  # the changes are not all in the first bytes
 
 
-def test_damaged_safetensors_files(files, memory):
+def test_damaged_safetensors_files(files, memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "identity", lambda _: "")  # which syncs its cache to the disk each time
     raw, rng = files[1], random.Random(1)
-    header, whole = 8 + int.from_bytes(files[1][:8], "little"), 0
+    header, whole, loaded = 8 + int.from_bytes(files[1][:8], "little"), 0, 0
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(files[2] / name, tmp_path)
     for number in range(SAFETENSORS_FILES):
-        path = put(memory, mutated(raw, header, rng))
-        found = refused_or_read(read_header, path, number % 20 == 0)
+        data = mutated(raw, header, rng)
+        path = put(memory, data)
+        found = refused_or_read(read_header, path, number % 4 == 0)
         if found is None:
             continue
         whole += 1
         assert all(0 <= x.start <= x.end <= path.stat().st_size for x in found.values())
-    assert whole > 50
+        assert all(x.read().nbytes == x.end - x.start for x in found.values())
+        if whole % 2 == 0:
+            (tmp_path / "model.safetensors").write_bytes(data)
+            loaded += refused_or_read(load, tmp_path, False) is not None
+    assert whole > 50 and loaded
+
+
+def many(count: int, keys: int, entry: bytes) -> bytes:
+    """A GGUF file of `entry` alone, the Ith with I where it has a %d."""
+    body = b"".join(entry.replace(b"%d", b"%06d" % number) for number in range(count + keys))
+    return b"GGUF" + struct.pack("<IQQ", 3, count, keys) + body + bytes(64)
+
+
+@pytest.mark.parametrize("pad", [0, 1 << 19])
+def test_many_small_entries(tmp_path, pad):
+    """Whole files whose entries would take many times their bytes: refused, or there is room for them."""
+    name = struct.pack("<Q", 6) + b"%d"
+    one = b'"%06d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    listed = b"{" + b",".join(one % number for number in range(5_000)) + b"}"
+    refused = []
+    for kind, data, read in (
+        ("keys", many(0, 10_000, name + struct.pack("<IB", 0, 1)), read_gguf),
+        ("arrays", many(0, 10_000, name + struct.pack("<IIQ", 9, 4, 0)), read_gguf),
+        ("tensors", many(5_000, 0, name + struct.pack("<IQIQ", 1, 1, 0, 0)), read_gguf),
+        ("safetensors", struct.pack("<Q", len(listed)) + listed, read_header),
+        ("lists", struct.pack("<Q", 30_007) + b'{"a":[' + b"[]," * 9_999 + b"[]]}", read_header),
+    ):
+        path = tmp_path / kind
+        path.write_bytes(data + bytes(pad))
+        tracemalloc.start()
+        try:
+            read(path)
+        except UserError:
+            refused.append(kind)
+        finally:
+            most = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert most < 4 * path.stat().st_size + (1 << 16), kind
+    assert pad or refused == ["keys", "arrays", "tensors", "safetensors", "lists"]
 
 
 def test_every_way_of_being_cut_off(files, tmp_path):
