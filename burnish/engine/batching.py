@@ -32,7 +32,7 @@ from burnish import chain
 from burnish.chain import Model
 from burnish.config import Bytes, UserError
 from burnish.engine.blocks import Blocks
-from burnish.engine.chooser import Chooser
+from burnish.engine.chooser import Chooser, not_numbers
 from burnish.engine.decoding import LOOPS, GenerationConfig
 from burnish.engine.generate import PLAIN, Prompt, rows_of
 from burnish.engine.reply import Piece, Row, batch_of, ends_of
@@ -154,8 +154,12 @@ class Batcher:
             if not feeds:
                 return []
             states = self._forward(feeds)
-            ready = {request: place for place, (request, count) in enumerate(feeds.items()) if count == request.left}
-            tokens = self._choose(list(ready), states[list(ready.values())]) if ready else {}
+            ends = dict(zip(feeds, itertools.accumulate(feeds.values()), strict=True))
+            for request, count in feeds.items():
+                if request.left > 1:
+                    self._check_read(request, states[ends[request] - count : ends[request]])
+            ready = [request for request, count in feeds.items() if count == request.left and not request.over]
+            tokens = self._choose(ready, states[[ends[request] - 1 for request in ready]]) if ready else {}
             for request, count in feeds.items():  # from here on nothing can fail but a request alone
                 if not request.over:
                     self._advance(request, request.fed + count)
@@ -167,14 +171,19 @@ class Batcher:
 
     @contextmanager
     def _alone(self, request: Request) -> Iterator[None]:
-        """What is raised inside is the request's own: it leaves with it, and what it computed is shared no more."""
+        """What is raised inside is the request's own, which leaves with it."""
         try:
             yield
         except Exception as error:
-            for block in request.table:
-                self.blocks.forget(block)
             request.error = error
             self._leave(request)
+
+    def _check_read(self, request: Request, states: Tensor) -> None:
+        """Let a request fail whose states (tokens, hidden) of what it read are NaN, before its blocks are known: under
+        a mask, NaN reaches the tokens before it too, and so blocks that others would take for theirs."""
+        with self._alone(request):
+            if states.isnan().any():
+                raise not_numbers(request.row, len(request.row.ids))
 
     def _leave(self, request: Request) -> None:
         (self.running if request in self.running else self.waiting).remove(request)
@@ -269,7 +278,7 @@ class Batcher:
         return dict(sorted(feeds.items(), key=lambda feed: feed[1]))
 
     def _forward(self, feeds: dict[Request, int]) -> Tensor:
-        """The state (hidden,) of each request's last token fed, (requests, hidden)."""
+        """The states (tokens, hidden) of what the requests are fed, one's after the other's."""
         single = [request for request, count in feeds.items() if count == 1]
         groups = [(single, 1)] * bool(single) + [([request], count) for request, count in feeds.items() if count > 1]
         views = []
@@ -290,8 +299,7 @@ class Batcher:
             batch["adapter_ids"] = torch.tensor(adapters, device=device)
         fast = all(request.chooser.config.fused for request in feeds)
         with stepping(self.model.net, self.stepper, len(ids)) if fast else nullcontext():
-            states = chain.forward(self.model, batch, Step(views))[0]
-        return states[[end - 1 for end in itertools.accumulate(feeds.values())]]
+            return chain.forward(self.model, batch, Step(views))[0]
 
     def _advance(self, request: Request, to: int) -> None:
         """Note that the positions before `to` are in the pool."""

@@ -31,7 +31,7 @@ class Blocks:
             block = self.empty.pop()
         elif self.idle:
             block, _ = self.idle.popitem(last=False)
-            self.forget(block)
+            del self.known[self.names.pop(block)]
         else:
             return None
         self.users[block] = 1
@@ -49,11 +49,6 @@ class Blocks:
         """Make a full block known, unless another of that name is."""
         if self.known.setdefault(name, block) == block:
             self.names[block] = name
-
-    def forget(self, block: int) -> None:
-        """Make a block known no more."""
-        if block in self.names:
-            del self.known[self.names.pop(block)]
 
     def release(self, block: int) -> None:
         """One user less."""

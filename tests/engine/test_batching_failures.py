@@ -33,6 +33,14 @@ def break_token(model, token: int) -> None:
         model.net.embed_tokens.weight[token] = float("nan")
 
 
+def assert_known_blocks_are_numbers(pool) -> None:
+    """So that nobody begins with another's NaN."""
+    size = pool.config.block_size
+    slots = torch.tensor(sorted(pool.blocks.names))[:, None] * size + torch.arange(size)
+    for layer in range(pool.model.spec.num_layers):
+        assert not any(part.isnan().any() for part in pool.pages.read(layer, slots))
+
+
 def test_a_step_that_fails_is_taken_again(root, monkeypatch):
     model = load(root)
     pool = batcher(model)
@@ -72,9 +80,28 @@ def test_a_request_without_numbers_fails_alone(root, path, pages, settings):
             with pytest.raises(UserError, match=line):
                 request.result()
         assert request.row.done is None and len(request.row.ids) == token - 1
-        assert not any(request.name(block) in pool.blocks.known for block in range(len(request.ids) // 4))
+    assert_known_blocks_are_numbers(pool)
     assert not pool.busy and pool.blocks.available == pool.blocks.count
     assert pool.submit(prompts[1], config).result() == found[1]
+
+
+@PATHS
+@pytest.mark.parametrize("pages", ["auto", "int8"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox"])
+def test_who_begins_like_a_request_without_numbers_has_numbers(root, path, pages, family):
+    """Attention under a mask carries NaN to the tokens before it, whose blocks are the same in other requests."""
+    model, prompt = load_for(root, path, family), drawn(1, 20)
+    want = batcher(model, kv_cache_dtype=pages).submit(prompt, LONG).result()
+    broken = next(token for token in range(6, 50) if token not in (*prompt.ids, *want.ids))
+    break_token(model, broken)
+    other = replace(prompt, ids=[*prompt.ids[:12], broken, *prompt.ids[13:]])
+    for chunk in (4, 11, 15, 100):
+        pool = batcher(model, kv_cache_dtype=pages, max_batch_tokens=chunk, max_batch_size=2)
+        first, second = [pool.submit(each, LONG) for each in (other, prompt)]
+        with pytest.raises(UserError, match=r"not numbers \(NaN\) at token 1 of the reply"):
+            first.result()
+        assert second.result() == want and pool.submit(prompt, LONG).result() == want
+        assert_known_blocks_are_numbers(pool)
 
 
 def test_pieces_come_before_the_failure(root):

@@ -7,13 +7,13 @@ import random
 
 import pytest
 from test_batching import alone, batcher, drawn, load_for
-from test_batching_failures import PATHS, break_token, outcome
+from test_batching_failures import PATHS, assert_known_blocks_are_numbers, break_token, outcome
 
 from burnish.engine.decoding import GenerationConfig
 from burnish.model.example import IGNORE, Example
 from burnish.native import decode
 
-SOAK = int(os.environ.get("BURNISH_SOAK", "200"))  # random requests; 2000 take some minutes a test
+SOAK = int(os.environ.get("BURNISH_SOAK", "200"))  # random requests; 2000 take minutes a test
 BROKEN = 5  # what is read after this token gives NaN
 
 
@@ -47,6 +47,7 @@ def test_soak(root, monkeypatch, path, pages):
         if draw.random() < 0.03:
             draw.choice(requests)[0].cancel()
     assert pool.blocks.available == pool.blocks.count and pool.again and bool(calls) == (path == "in C")
+    assert_known_blocks_are_numbers(pool)
 
     def by_itself(prompt, config):
         if pages == "auto":
@@ -55,5 +56,5 @@ def test_soak(root, monkeypatch, path, pages):
 
     found = [outcome(request.result) for request, *_ in requests]
     for came, (request, *given) in zip(found, requests, strict=True):
-        assert came == outcome(lambda given=given: by_itself(*given)) if came else request.cancelled
+        assert request.cancelled if came is None else came == outcome(lambda given=given: by_itself(*given))
     assert found.count(None) < SOAK / 3 and SOAK / 50 < sum(isinstance(came, str) for came in found) < SOAK / 3
