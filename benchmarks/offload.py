@@ -135,9 +135,10 @@ def confined(limit: int) -> Iterator[Path | None]:
         file = next((file for file in files if os.access(file, os.W_OK)), None)
         if file is not None:
             file.write_text(str(limit + ROOM))
-        yield group if file is not None else None
+            yield group
+            group.rmdir()
+            return
         group.rmdir()
-        return
     yield None
 
 
