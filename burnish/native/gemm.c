@@ -49,24 +49,6 @@ INLINE chunk expand_of_group(const matrix *w, int64_t row, int64_t first) {
     return c;
 }
 
-/* 64 weights of other bits. */
-INLINE chunk expand_codes_of_group(enum kind kind, const matrix *w, int64_t row, int64_t first) {
-    const int64_t size = (int64_t)w->levels[16], groups = (w->columns + size - 1) / size;
-    const uint8_t *bytes = w->bytes + row * stored(kind, w->columns);
-    int8_t codes[BLOCK];
-    flat values;
-    chunk c;
-    whole_codes(kind, bytes, w->columns, first / BLOCK, codes);
-    for (int i = 0; i < BLOCK / GROUP_UNIT; i++) {
-        const int64_t at = row * groups + (first + i * GROUP_UNIT) / size;
-        const float scale = from_half(((const uint16_t *)w->constants)[at]);
-        const int shift = w->codes ? middle_of(kind) - w->codes[at] : 0;
-        for (int j = i * GROUP_UNIT; j < (i + 1) * GROUP_UNIT; j++) values.floats[j] = (codes[j] + shift) * scale;
-    }
-    memcpy(&c, &values, sizeof c);
-    return c;
-}
-
 /* `count` weights of a row from the `first`-th on; int8 without its scale, nibbles of 64 the even positions first. */
 static void expand_row(enum kind kind, const matrix *w, int64_t row, int64_t first, int64_t count, float *out) {
     const int64_t at = row * w->columns + first;
@@ -83,10 +65,7 @@ static void expand_row(enum kind kind, const matrix *w, int64_t row, int64_t fir
             memcpy(out + i, &c, sizeof c);
         }
     } else if (in_groups(kind)) {
-        for (int64_t i = 0; i < count; i += BLOCK) {
-            const chunk c = expand_codes_of_group(kind, w, row, first + i);
-            memcpy(out + i, &c, sizeof c);
-        }
+        for (int64_t i = 0; i < count; i += BLOCK) weights_of_codes(kind, w, row, first + i, out + i);
     } else if (kind == INT8) {
         const int8_t *from = (const int8_t *)w->bytes + at;
         for (int64_t i = 0; i < count; i++) out[i] = from[i];

@@ -9,22 +9,6 @@ static void put(float value, int half, int64_t at, void *out) {
         ((float *)out)[at] = value;
 }
 
-/* A row of other than four bits into out's from `to` on. */
-static void expand_row(enum kind kind, const matrix *w, int64_t row, int64_t size, int half, int64_t to, void *out) {
-    const int64_t groups = (w->columns + size - 1) / size;
-    const uint8_t *bytes = w->bytes + row * stored(kind, w->columns);
-    for (int64_t first = 0; first < w->columns; first += BLOCK) {
-        int8_t codes[BLOCK];
-        whole_codes(kind, bytes, w->columns, first / BLOCK, codes);
-        for (int i = 0; i < BLOCK; i += GROUP_UNIT) {
-            const int64_t at = row * groups + (first + i) / size;
-            const float scale = from_half(((const uint16_t *)w->constants)[at]);
-            const int shift = w->codes ? middle_of(kind) - w->codes[at] : 0;
-            for (int j = i; j < i + GROUP_UNIT; j++) put((codes[j] + shift) * scale, half, to + first + j, out);
-        }
-    }
-}
-
 /* out (count, columns) float32, or bfloat16 where out_half: the rows from `first` of a matrix. */
 void grouped_dequantize(int kind, const uint8_t *bytes, const uint8_t *zeros, const float *scales, const float *unused,
                         const float *unused_too, const float *levels, int64_t rows, int64_t columns, int64_t first,
@@ -33,11 +17,12 @@ void grouped_dequantize(int kind, const uint8_t *bytes, const uint8_t *zeros, co
     if (kind != GROUPED) {
         const matrix w = {bytes, zeros, scales, NULL, NULL, levels, rows, columns};
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-        for (int64_t row = 0; row < count; row++) {
-            if (kind == GROUPED_2) expand_row(GROUPED_2, &w, first + row, size, out_half, row * columns, out);
-            if (kind == GROUPED_3) expand_row(GROUPED_3, &w, first + row, size, out_half, row * columns, out);
-            if (kind == GROUPED_8) expand_row(GROUPED_8, &w, first + row, size, out_half, row * columns, out);
-        }
+        for (int64_t row = 0; row < count; row++)
+            for (int64_t at = 0; at < columns; at += BLOCK) {
+                float values[BLOCK];
+                weights_of_codes(kind, &w, first + row, at, values);
+                for (int i = 0; i < BLOCK; i++) put(values[i], out_half, row * columns + at + i, out);
+            }
         return;
     }
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)

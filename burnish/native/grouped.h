@@ -53,6 +53,19 @@ static __attribute__((noinline, unused)) void whole_codes(enum kind kind, const 
     }
 }
 
+/* 64 weights of a row of codes from the `first`-th on, in order. */
+INLINE void weights_of_codes(enum kind kind, const matrix *w, int64_t row, int64_t first, float *out) {
+    const int64_t size = (int64_t)w->levels[16], groups = (w->columns + size - 1) / size;
+    int8_t codes[BLOCK];
+    whole_codes(kind, w->bytes + row * stored(kind, w->columns), w->columns, first / BLOCK, codes);
+    for (int i = 0; i < BLOCK; i += GROUP_UNIT) {
+        const int64_t at = row * groups + (first + i) / size;
+        const float scale = from_half(((const uint16_t *)w->constants)[at]);
+        const int shift = w->codes ? middle_of(kind) - w->codes[at] : 0;
+        for (int j = i; j < i + GROUP_UNIT; j++) out[j] = (codes[j] + shift) * scale;
+    }
+}
+
 /* A row's constants, unit by unit. */
 INLINE void expand_groups(enum kind kind, const matrix *w, int64_t row, int64_t blocks, enum arithmetic how, float *out) {
     const int64_t size = (int64_t)w->levels[16], groups = (w->columns + size - 1) / size, units = 2 * even(blocks);
