@@ -72,6 +72,8 @@ def train(
     check(model, examples, config, eval_examples)
     device.seed_everything(config.seed)
     device.return_freed_memory()  # what loading and quantising took
+    if config.gradient_checkpointing:  # else each layer's temporaries leave a hole below what the next layer keeps
+        device.return_large_blocks()
     device.reset_peak_memory(model.device)
     with _masters(model), _training_mode(model, config):
         run = _Run(model, examples, config, eval_examples, progress)

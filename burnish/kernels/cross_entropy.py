@@ -37,6 +37,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if kind.itemsize > weight.element_size() and weight.numel() * kind.itemsize > 2 * chunk_bytes:
             words = max(1, chunk_bytes // (4 * weight.shape[1] * kind.itemsize))  # widened one at a time
         heads = weight.split(words) if words < weight.shape[0] else (weight.to(kind),)
+        widened = weight.new_empty(heads[0].shape, dtype=kind) if heads[0].dtype != kind else weight
         shifts = [None] * len(heads) if bias is None else bias.to(kind).split(words)
         loss = hidden.new_zeros((), dtype=wide)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -50,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             target = labels[start : start + rows_per_chunk, None]  # (n, 1)
             logits = room[: len(x)]  # (n, V)
             for head, shift, out in zip(heads, shifts, logits.split(words, dim=1), strict=True):
-                wide_head = head.to(kind).T
+                wide_head = _in(kind, head, widened).T
                 torch.mm(x, wide_head, out=out) if shift is None else torch.addmm(shift, x, wide_head, out=out)
             part, slope = _loss_and_slope(logits, target, any(ctx.needs_input_grad))
             loss += part
@@ -60,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part_of_hidden = grad_hidden[start : start + rows_per_chunk]
                 gradient = part_of_hidden if kind == hidden.dtype else torch.empty_like(x)
                 for index, (head, part) in enumerate(zip(heads, slope.split(words, dim=1), strict=True)):
-                    gradient.addmm_(part, head.to(kind), beta=min(index, 1))
+                    gradient.addmm_(part, _in(kind, head, widened), beta=min(index, 1))
                 if gradient is not part_of_hidden:
                     part_of_hidden.copy_(gradient)
             if grad_weight is not None:
@@ -83,6 +84,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # In place: autograd refuses a second backward pass over tensors changed so, instead of scaling twice.
         return *(None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors), None, None
+
+
+def _in(kind: torch.dtype, head: Tensor, room: Tensor) -> Tensor:
+    """A part of the head in `kind`, in the room of the part before if it has to be widened: fresh memory for each leaves
+    holes that none of them fits."""
+    return head if head.dtype == kind else room[: len(head)].copy_(head)
 
 
 def _loss_and_slope(logits: Tensor, target: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,7 @@ torch 2.13 does them otherwise at a quarter of the speed. With frozen weights th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -61,27 +61,44 @@ def rounded_product(
     return out
 
 
-def by_pieces(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """x (tokens, in) -> x @ W.T + bias in x's dtype, computed in `arithmetic(x)`.
+def pieces(weight: Weight, kind: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """(first row, these rows expanded to `kind`) over all of W on a CPU, each in the room of the one before.
 
-    A few rows of W are expanded at a time, into room that stays: a fresh matrix would cost as long to be given by the
-    system as to be multiplied.
+    The room stays: a fresh matrix would cost as long to be given by the system as to be multiplied.
     """
-    kind, (rows, columns) = arithmetic(x), weight.shape
+    rows, columns = weight.shape
     step = min(rows, max(256, PIECE // columns // 256 * 256))
     room = getattr(_scratch, "room", None)
     if room is None or room.numel() < step * columns or room.dtype != kind:
         with torch.inference_mode(False):
             room = _scratch.room = torch.empty(step * columns, dtype=kind)
-    out = x.new_empty(x.shape[0], rows)
     for first in range(0, rows, step):
         count = min(step, rows - first)
         matrix = room[: count * columns].view(count, columns)
         weight.expand(first, matrix)
+        yield first, matrix
+
+
+def by_pieces(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """x (tokens, in) -> x @ W.T + bias in x's dtype, computed in `arithmetic(x)`, a few rows of W at a time."""
+    kind = arithmetic(x)
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    for first, matrix in pieces(weight, kind):
+        last = first + len(matrix)
         for part, result in zip(x.split(ROUNDED_TOKENS), out.split(ROUNDED_TOKENS), strict=True):
             wide = part.to(kind) @ matrix.t()
-            result[:, first : first + count] = wide if bias is None else wide.add_(bias[first : first + count])
+            result[:, first:last] = wide if bias is None else wide.add_(bias[first:last])
     return out
+
+
+def by_pieces_transposed(grad: Tensor, weight: Weight) -> Tensor:
+    """grad (tokens, out) -> grad @ W in grad's dtype, summed in float32 over a few rows of W at a time."""
+    out = grad.new_empty(grad.shape[0], weight.shape[1])
+    total = grad.new_zeros(out.shape, dtype=torch.float32)
+    for first, matrix in pieces(weight, torch.float32):
+        for part, result in zip(grad.split(ROUNDED_TOKENS), total.split(ROUNDED_TOKENS), strict=True):
+            result.addmm_(part[:, first : first + len(matrix)].float(), matrix)
+    return out.copy_(total)
 
 
 def is_flat(x: Tensor) -> bool:
@@ -122,6 +139,9 @@ class Weight(nn.Module):
 
     def matmul_transposed(self, grad: Tensor) -> Tensor:
         """grad (tokens, out) -> (tokens, in), in grad's dtype: the gradient of `matmul`'s x. Not differentiable."""
+        if grad.device.type == "cpu" and not torch.compiler.is_compiling():
+            if arithmetic(grad) == torch.float32 and self.in_pieces:
+                return by_pieces_transposed(grad, self)
         if arithmetic(grad) == grad.dtype:
             return grad @ self.dequantize_to(grad.dtype)
         return rounded_product(grad, self.shape[1], lambda kind: self.dequantize_to(kind))

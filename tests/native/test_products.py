@@ -368,3 +368,10 @@ def test_a_matrix_expanded_in_pieces_multiplies_as_a_whole(built, monkeypatch, k
                 x,
                 weight,
             )
+            grad = activations(products.FEW_TOKENS + 270, rows, dtype)
+            want = (grad.double() @ weight.dequantize().double()).to(dtype)
+            got = linear.by_pieces_transposed(grad, weight)
+            assert got.shape == want.shape and got.dtype == dtype
+            assert (got.float() - want.float()).norm() <= CLOSE[dtype] * want.float().norm()
+            monkeypatch.setattr(products, "MULTIPLIES_BFLOAT16", False)  # as where gradients go this way
+            assert torch.equal(weight.matmul_transposed(grad), got)
