@@ -4,8 +4,9 @@
 
 With `activation_scheme` "dynamic" each token's activations are rounded in the same way before the product, as hardware
 that multiplies such numbers takes them: x W^T ~ (p q^T) max|x_token| max|w_row| / 448^2. Source: FP8 Formats for Deep
-Learning (arXiv 2209.05433), section 3. A GPU of compute capability 8.9 or higher multiplies the stored numbers;
-elsewhere the matrix is expanded for the product, which saves memory and no time.
+Learning (arXiv 2209.05433), section 3. A GPU of compute capability 8.9 or higher multiplies the stored numbers
+then. On a CPU `native.products` multiplies by the stored bytes, with activations as they are or rounded so; elsewhere
+the matrix is expanded for the product, which saves memory and no time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import Spans, Weight, take
 from burnish.model.surgery import reserve, store
+from burnish.native import products
 
 CHANGES_BASE = True
 STORES_ANEW = True
@@ -82,10 +84,18 @@ class FP8(Weight):
             weight, rows = self.values.view(E4M3).t(), self.scale.float()[None]
             out = torch._scaled_mm(values, weight, scale_a=scale, scale_b=rows, out_dtype=torch.bfloat16)
             return (out if bias is None else out + bias).to(x.dtype)
-        return super().product((values.float() * scale).to(x.dtype), bias)
+        x = (values.float() * scale).to(x.dtype)
+        if products.fits(x, products.FP8):
+            return products.matmul(products.FP8, x, bias, self.shape, self._stored())
+        return super().product(x, bias)
 
     def dequantize(self) -> Tensor:
-        return self.values.view(E4M3).float() * self.scale.float()[:, None]
+        return self.dequantize_to(torch.float32)
+
+    def dequantize_to(self, dtype: torch.dtype) -> Tensor:
+        if products.usable(self.values.device, dtype):
+            return products.rows_dequantize(products.FP8, dtype, self.values, self.scale)
+        return (self.values.view(E4M3).float() * self.scale.float()[:, None]).to(dtype)
 
     @property
     def in_pieces(self) -> bool:
@@ -93,7 +103,16 @@ class FP8(Weight):
 
     def expand(self, first: int, out: Tensor) -> None:
         rows = slice(first, first + len(out))
-        torch.mul(self.values[rows].view(E4M3).to(out.dtype), self.scale[rows].to(out.dtype)[:, None], out=out)
+        if products.usable(out.device, out.dtype):
+            products.rows_dequantize(products.FP8, out.dtype, self.values[rows], self.scale[rows], out)
+        else:
+            torch.mul(self.values[rows].view(E4M3).float(), self.scale[rows].float()[:, None], out=out)
+
+    def as_stored(self) -> tuple[int, products.Stored] | None:
+        return None if self.dynamic else (products.FP8, self._stored())
+
+    def _stored(self) -> products.Stored:
+        return products.as_stored(self.values, (self.scale,), None)
 
     def shard(self, dim: int, spans: Spans) -> FP8:
         scale = take(self.scale, 0, spans) if dim == 0 else self.scale.clone()

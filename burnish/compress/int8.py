@@ -100,7 +100,7 @@ class Int8(Weight):
 
     def dequantize_to(self, dtype: torch.dtype) -> Tensor:
         if products.usable(self.values.device, dtype):
-            return products.int8_dequantize(dtype, self.values, self.scale)
+            return products.rows_dequantize(products.INT8, dtype, self.values, self.scale)
         return (self.values * self.scale.float()[:, None]).to(dtype)
 
     @property
@@ -110,7 +110,7 @@ class Int8(Weight):
     def expand(self, first: int, out: Tensor) -> None:
         rows = slice(first, first + len(out))
         if products.usable(out.device, out.dtype):
-            products.int8_dequantize(out.dtype, self.values[rows], self.scale[rows], out)
+            products.rows_dequantize(products.INT8, out.dtype, self.values[rows], self.scale[rows], out)
         else:
             torch.mul(self.values[rows], self.scale[rows].float()[:, None], out=out)
 

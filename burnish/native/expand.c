@@ -1,6 +1,6 @@
 /* The expansion of quantised matrices, and the rate of reading memory. */
 
-#include "weights.h"
+#include "fp8.h"
 
 /* Read `bytes` bytes, eight streams a thread, as fast as memory gives them; what it returns means nothing. */
 int64_t read_memory(const char *from, int64_t bytes, int threads) {
@@ -50,15 +50,24 @@ void nf4_dequantize(const uint8_t *bytes, const uint8_t *codes, const float *con
     }
 }
 
-/* out (rows, columns) float32, or bfloat16 where out_half. */
-void int8_dequantize(const int8_t *values, const float *scale, int64_t rows, int64_t columns, void *out, int out_half,
-                     int threads) {
+/* out (rows, columns) float32, or bfloat16 where out_half, of int8 or FP8. */
+void rows_dequantize(int kind, const uint8_t *values, const float *scale, int64_t rows, int64_t columns, void *out,
+                     int out_half, int threads) {
+    const matrix w = {values, NULL, scale, NULL, NULL, NULL, rows, columns};
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++) {
-        const int8_t *from = values + row * columns;
-        if (out_half)
-            for (int64_t i = 0; i < columns; i++) ((uint16_t *)out)[row * columns + i] = narrow(from[i] * scale[row]);
-        else
-            for (int64_t i = 0; i < columns; i++) ((float *)out)[row * columns + i] = from[i] * scale[row];
+        const float by = scale_of_row(kind, &w, row);
+        for (int64_t first = 0; first < columns; first += BLOCK) {
+            const int64_t count = min(BLOCK, columns - first), at = row * columns + first;
+            float piece[BLOCK];
+            if (kind == FP8)
+                expand_fp8_row(values + at, count, piece);
+            else
+                for (int64_t i = 0; i < count; i++) piece[i] = (int8_t)values[at + i];
+            if (out_half)
+                for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[at + i] = narrow(piece[i] * by);
+            else
+                for (int64_t i = 0; i < count; i++) ((float *)out)[at + i] = piece[i] * by;
+        }
     }
 }

@@ -7,6 +7,7 @@
  * that it depends neither on the number of threads nor on the other tokens.
  */
 
+#include "fp8.h"
 #include "grouped.h"
 
 #define MOST_AT_ONCE 320 /* tokens */
@@ -49,7 +50,7 @@ INLINE chunk expand_of_group(const matrix *w, int64_t row, int64_t first) {
     return c;
 }
 
-/* `count` weights of a row from the `first`-th on; int8 without its scale, nibbles of 64 the even positions first. */
+/* `count` weights of a row from the `first`-th on; int8 and FP8 without their scale, nibbles of 64 the even positions first. */
 static void expand_row(enum kind kind, const matrix *w, int64_t row, int64_t first, int64_t count, float *out) {
     const int64_t at = row * w->columns + first;
     if (kind == NF4) {
@@ -69,6 +70,8 @@ static void expand_row(enum kind kind, const matrix *w, int64_t row, int64_t fir
     } else if (kind == INT8) {
         const int8_t *from = (const int8_t *)w->bytes + at;
         for (int64_t i = 0; i < count; i++) out[i] = from[i];
+    } else if (kind == FP8) {
+        expand_fp8_row(w->bytes + at, count, out);
     } else if (kind == DENSE) {
         const uint16_t *from = (const uint16_t *)w->bytes + at;
         for (int64_t i = 0; i < count; i++) out[i] = widen(from[i]);
@@ -140,7 +143,7 @@ static void give(const task *p, const float *sums, int64_t first, int64_t rows) 
             float square[SQUARE][SQUARE];
             for (int64_t r = 0; r < height; r++) {
                 const int64_t row = first + r0 + r;
-                const float scale = p->kind == INT8 ? p->w->constants[row] : 1;
+                const float scale = scale_of_row(p->kind, p->w, row);
                 float bias = 0;
                 if (p->bias) bias = p->half ? widen(((const uint16_t *)p->bias)[row]) : ((const float *)p->bias)[row];
                 for (int64_t t = 0; t < width; t++) square[t][r] = sums[(r0 + r) * p->padded + t0 + t] * scale + bias;

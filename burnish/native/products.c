@@ -1,14 +1,15 @@
 /* Products of few tokens with stored weights on a CPU, for the threads of one team.
  *
- * out (tokens, rows) = x (tokens, columns) W^T + bias, for W stored as NF4 blocks of 64, few bits in groups, int8 rows,
- * bfloat16, float32 or GGUF's blocks.
+ * out (tokens, rows) = x (tokens, columns) W^T + bias, for W stored as NF4 blocks of 64, few bits in groups, int8 or FP8
+ * rows, bfloat16, float32 or GGUF's blocks.
  * The stored bytes are read from memory once and expanded in registers.
  * At few tokens the product is bound by the bytes of W that memory delivers, and memory gives most where several rows, far
  * apart, are read at once, each from its beginning to its end, and the next bytes of each are fetched early. Sums are
  * float32. What is multiplied follows from the activations' dtype alone, never from their number, so that a token's
  * result does not depend on its batch (but in the last case):
  *
- * - float32 activations meet weights widened to float32;
+ * - float32 activations meet weights widened to float32, and so do those of any dtype where the weights are FP8, of which
+ *   the numbers spread too far for whole ones of 16 bits;
  * - bfloat16 activations, where the processor multiplies 16-bit integers (AVX-512 VNNI, AVX2), are rounded to 16 bits per
  *   128 positions, a 256th of their own rounding at the largest of them, and meet int8 weights and codes of groups as they
  *   are and NF4's levels in 14 bits; so do activations of any dtype for GGUF's blocks, whose own programs round them to 8 bits;
@@ -30,6 +31,7 @@ INLINE chunk expand(enum kind kind, int half, const matrix *w, const lines *rows
     if (kind == NF4) return expand_nf4(w->levels, from, rows->scales[r][block]);
     if (kind == GROUPED) return expand_grouped(w->levels, from, rows->scales[r] + 2 * block);
     if (kind == INT8) return expand_int8(from);
+    if (kind == FP8) return expand_fp8(from);
     if (kind == DENSE) return expand_dense(from, half);
     chunk c;
     if (kind >= Q8_0) {
@@ -285,6 +287,7 @@ ROWS_OF(nf4_widened, NF4, WIDENED)
 ROWS_OF(int8_widened, INT8, WIDENED)
 ROWS_OF(dense_widened, DENSE, WIDENED)
 ROWS_OF(floats_widened, FLOATS, WIDENED)
+ROWS_OF(fp8_widened, FP8, WIDENED)
 ROWS_OF(q8_0_rows, Q8_0, OF_GGUF)
 ROWS_OF(q4_0_rows, Q4_0, OF_GGUF)
 ROWS_OF(q5_0_rows, Q5_0, OF_GGUF)
@@ -417,6 +420,7 @@ void multiply(enum kind kind, const meeting *m, const product *p, char *rooms) {
                                      [GROUPED_2] = {grouped_2_widened, NULL, grouped_2_whole},
                                      [GROUPED_3] = {grouped_3_widened, NULL, grouped_3_whole},
                                      [GROUPED_8] = {grouped_8_widened, NULL, grouped_8_whole},
+                                     [FP8] = {fp8_widened, NULL, NULL},
                                      [Q8_0] = {[OF_GGUF] = q8_0_rows},
                                      [Q4_0] = {[OF_GGUF] = q4_0_rows},
                                      [Q5_0] = {[OF_GGUF] = q5_0_rows},
@@ -453,7 +457,7 @@ typedef struct {
     int64_t threads;
 } request;
 
-/* Returns 1 where memory is short, else 0. All but int8 needs columns that are a multiple of 64. */
+/* Returns 1 where memory is short, else 0. All but int8 and FP8 needs columns that are a multiple of 64. */
 int matmul(const request *q) {
     if (q->tokens > MOST_FEW)
         return multiply_many(q->kind, &q->w, q->x, q->x_half, q->tokens, q->bias, q->out, q->threads);

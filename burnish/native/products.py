@@ -23,7 +23,8 @@ from burnish.native import build
 DTYPES = (torch.float32, torch.bfloat16)
 NF4, INT8, DENSE, FLOATS, GROUPED = 0, 1, 2, 3, 4
 GROUPED_2, GROUPED_3, GROUPED_8 = range(5, 8)
-Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K = range(8, 15)  # GGUF's formats
+FP8 = 8
+Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K = range(9, 16)  # GGUF's formats
 FEW_TOKENS = 32  # that `products.c` multiplies
 MULTIPLIES_BFLOAT16 = multiplies_bfloat16()
 FEW_DENSE_TOKENS = 4  # above it, a processor that multiplies bfloat16 is faster by torch
@@ -101,12 +102,12 @@ def nf4_dequantize(
     return out
 
 
-def int8_dequantize(dtype: torch.dtype, values: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
-    """values (out, in) int8 times scale (out,) float32, in float32 or bfloat16; in `out` if given."""
+def rows_dequantize(kind: int, dtype: torch.dtype, values: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """values (out, in), of INT8 or FP8, times scale (out,) float32, in float32 or bfloat16; in `out` if given."""
     out = torch.empty(values.shape, dtype=dtype, device="cpu") if out is None else out
     values, scale = values.contiguous(), _wide(scale)
     half, threads = dtype == torch.bfloat16, _threads(out.numel())
-    ready().int8_dequantize(_pointer(values), _pointer(scale), *values.shape, _pointer(out), half, threads)
+    ready().rows_dequantize(kind, _pointer(values), _pointer(scale), *values.shape, _pointer(out), half, threads)
     return out
 
 
@@ -130,8 +131,8 @@ def as_stored(values: Tensor, constants: Sequence[Tensor], levels: Tensor | None
     In groups: packed (out, in * bits / 8) uint8; zero (out, groups) uint8 or None; scale (out, groups) float16; two
     that are None; and the sixteen levels and the group's size, a multiple of 32 or `in`, float32; `in` a multiple of
     64.
-    int8: values (out, in) int8, constants (scale (out,) float32,). Dense: values (out, in) bfloat16 or float32, `in` a
-    multiple of 64.
+    int8: values (out, in) int8, constants (scale (out,) float32,). FP8: values (out, in) uint8, E4M3's bits, and
+    constants as int8's. Dense: values (out, in) bfloat16 or float32, `in` a multiple of 64.
     """
     if len(constants) < 2:
         return values.contiguous(), None, _wide(constants[0]) if constants else None, None, None, levels
@@ -170,11 +171,11 @@ def _load(extra: Sequence[str] = ()) -> ctypes.CDLL | None:
         found.paged_attention.argtypes = [ctypes.c_char_p]
         found.read_memory.argtypes, found.read_memory.restype = [pointer, count, flag], count
         found.nf4_dequantize.argtypes = [*[pointer] * 6, count, pointer, flag, flag]
-        found.int8_dequantize.argtypes = [pointer, pointer, count, count, pointer, flag, flag]
+        found.rows_dequantize.argtypes = [flag, pointer, pointer, count, count, pointer, flag, flag]
         found.gguf_quantize.argtypes = [flag, pointer, count, pointer, flag]
         found.gguf_dequantize.argtypes = [flag, pointer, count, pointer, flag, flag]
         found.gguf_quantize.restype = found.gguf_dequantize.restype = None
         found.grouped_dequantize.argtypes = [flag, *[pointer] * 6, *[count] * 4, pointer, flag, flag]
         found.matmul.restype = found.decode.restype = found.paged_attention.restype = flag
-        found.nf4_dequantize.restype = found.int8_dequantize.restype = found.grouped_dequantize.restype = None
+        found.nf4_dequantize.restype = found.rows_dequantize.restype = found.grouped_dequantize.restype = None
     return found

@@ -1,6 +1,7 @@
 /* What the products of few tokens are made of: expanded weights, the rows of a tile, and where their sums go. */
 
 #pragma once
+#include "fp8.h"
 #include "grouped.h"
 
 /* 64 whole numbers. */
@@ -138,7 +139,7 @@ INLINE void store(enum kind kind, int height, int width, const product *p, lanes
     four scale = {1, 1, 1, 1}, bias = {0};
     for (int r = 0; r < rows; r++) {
         const int64_t row = g->first + (r0 + r) * g->apart;
-        if (kind == INT8) scale[r] = p->w->constants[row];
+        scale[r] = scale_of_row(kind, p->w, row);
         if (p->bias) bias[r] = p->out_half ? widen(((const uint16_t *)p->bias)[row]) : ((const float *)p->bias)[row];
     }
     for (int t = 0; t < width && t < tokens; t++) {

@@ -50,11 +50,11 @@
 typedef float lanes __attribute__((vector_size(VECTOR)));
 
 /* From Q8_0 on GGUF's: gguf.h. */
-enum kind { NF4, INT8, DENSE, FLOATS, GROUPED, GROUPED_2, GROUPED_3, GROUPED_8, Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K };
+enum kind { NF4, INT8, DENSE, FLOATS, GROUPED, GROUPED_2, GROUPED_3, GROUPED_8, FP8, Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K };
 
 /* NF4: `bytes` two weights each; the constant of block b is constants[b], or with `codes` (one byte per block)
- * map[codes[b]] * constants[b / 256] + offset. int8: `bytes` one weight each and one constant per row. Dense: two bytes a
- * weight, in bfloat16, or four. Grouped: see grouped.h. GGUF: rows of whole blocks. */
+ * map[codes[b]] * constants[b / 256] + offset. int8 and FP8 (fp8.h): `bytes` one weight each and one constant per row.
+ * Dense: two bytes a weight, in bfloat16, or four. Grouped: see grouped.h. GGUF: rows of whole blocks. */
 typedef struct {
     const uint8_t *bytes;
     const uint8_t *codes;
@@ -110,7 +110,14 @@ INLINE int64_t stored(enum kind kind, int64_t count) {
     if (kind >= Q8_0) return gguf_bytes(kind, count);
     if (kind == NF4 || kind == GROUPED) return count / 2;
     if (kind == GROUPED_2 || kind == GROUPED_3) return count * (kind == GROUPED_2 ? 2 : 3) / 8;
-    return kind == INT8 || kind == GROUPED_8 ? count : kind == DENSE ? 2 * count : 4 * count;
+    return kind == INT8 || kind == GROUPED_8 || kind == FP8 ? count : kind == DENSE ? 2 * count : 4 * count;
+}
+
+#define FP8_UNIT 256.0f
+
+/* What the sums of a row are multiplied by. */
+INLINE float scale_of_row(enum kind kind, const matrix *w, int64_t row) {
+    return kind == INT8 ? w->constants[row] : kind == FP8 ? w->constants[row] * FP8_UNIT : 1;
 }
 
 INLINE lanes multiply_add(lanes a, lanes b, lanes sum) {

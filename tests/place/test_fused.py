@@ -79,7 +79,7 @@ def test_states_are_the_layers(folders, family, steps):
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "gpt2"])
-@pytest.mark.parametrize("techniques", [[], ["int8"], ["nf4"]], ids=["dense", "int8", "nf4"])
+@pytest.mark.parametrize("techniques", [[], ["int8"], ["fp8"], ["nf4"]], ids=["dense", "int8", "fp8", "nf4"])
 def test_in_bfloat16_it_is_nearer_to_float32_than_the_layers(folders, family, techniques, steps):
     model = chain.apply(load(folders[family], torch.bfloat16), techniques)
     plain, got = both(model)
@@ -90,11 +90,16 @@ def test_in_bfloat16_it_is_nearer_to_float32_than_the_layers(folders, family, te
     assert error[1] < 1.1 * error[0] and error[1] < 2e-2, error
 
 
-@pytest.mark.parametrize("technique", ["int8", "nf4"])
+@pytest.mark.parametrize("technique", ["int8", "fp8", "nf4"])
 def test_in_float32_quantised_states_are_the_layers(folders, technique, steps):
     want, got = both(chain.apply(load(folders["llama"], torch.float32), technique))
     assert steps
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+def test_layers_that_round_their_activations_run_as_they_are(folders, steps):
+    want, got = both(chain.apply(load(folders["llama"], torch.float32), {"fp8": {"activation_scheme": "dynamic"}}))
+    assert not steps and torch.equal(got, want)
 
 
 def test_a_wrapped_or_hooked_layer_runs_as_it_is(folders, steps):
@@ -154,7 +159,7 @@ def test_split_over_ranks_a_layer_is_run_in_its_halves(tmp_path, world):
     }
     names = {name: tiny.write(tmp_path / name, tiny.reference(name, **changes)) for name, changes in wide.items()}
     cases = {name: (str(folder), []) for name, folder in names.items()}
-    cases |= {kind: (str(names["llama"]), [kind]) for kind in ("int8", "nf4")}
+    cases |= {kind: (str(names["llama"]), [kind]) for kind in ("int8", "fp8", "nf4")}
     alone = {name: decoded(chain.apply(load(folder, torch.float32), kind)) for name, (folder, kind) in cases.items()}
     for rank in on_ranks(world, halves_on_a_rank, cases, tmp_path / "out"):
         for name, (plain, got, ran) in rank.items():

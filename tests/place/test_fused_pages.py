@@ -96,6 +96,7 @@ CASES = {
     "blocks": ("llama", ["prefix_tuning", {"sparse_attention": {"block_size": 2, "global_blocks": 1}}]),
     "a wrapped layer": ("llama", [{"lora": {"target_modules": ["layers.0.self_attn.q_proj"], "r": 4}}]),
     "int8": ("llama", ["int8"]),
+    "fp8": ("llama", ["fp8"]),
 }
 
 

@@ -87,7 +87,7 @@ def test_weights_are_cast_and_turned(root, nothing_stays, family):
         same(load(source, dtype, memory_limit=PLENTY), load(source, dtype))
 
 
-@pytest.mark.parametrize("technique", ["int8", "nf4"])
+@pytest.mark.parametrize("technique", ["int8", "fp8", "nf4"])
 def test_quantised_weights_are_read_as_they_are_stored(root, nothing_stays, tmp_path, technique):
     source = save(apply(load(folder(root, "llama")), technique), tmp_path)
     model, plain = load(source, memory_limit=PLENTY), load(source)
