@@ -36,6 +36,7 @@ PROMPT, PREFILL = 32, 256
 RUNS = {
     "burnish bf16": ("burnish", ""),
     "burnish int8": ("burnish", "int8"),
+    "burnish fp8": ("burnish", "fp8"),
     "burnish nf4": ("burnish", "nf4"),
     "burnish int_groups": ("burnish", "int_groups"),
     "burnish int_groups, 8 bits": ("burnish", "int_groups 8"),

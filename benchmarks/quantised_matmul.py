@@ -2,11 +2,11 @@
 
     python benchmarks/quantised_matmul.py --threads 1 --cpu 0 --rounds 15
 
-For each shape and number of tokens: `F.linear` on the dense bfloat16 matrix; burnish's NF4 (double quantisation) and
-int8; bitsandbytes' `Linear4bit` (NF4, double quantisation, `bnb_4bit_compute_dtype` bfloat16, in eval mode, where it
-repacks the weights for AVX512-BF16 and keeps their constants in bfloat16; with the kernel of its wheel, not the one
-that the package `kernels` would download); and torch's own int8 product,
-`torch._weight_int8pack_mm`. Each contender has enough copies of its matrix to come from memory, not from the cache;
+For each shape and number of tokens: `F.linear` on the dense bfloat16 matrix; burnish's NF4 (double quantisation),
+int8 and FP8; bitsandbytes' `Linear4bit` (NF4, double quantisation, `bnb_4bit_compute_dtype` bfloat16, in eval mode,
+where it repacks the weights for AVX512-BF16 and keeps their constants in bfloat16; with the kernel of its wheel, not
+the one that the package `kernels` would download); and torch's own int8 product, `torch._weight_int8pack_mm`. Each
+contender has enough copies of its matrix to come from memory, not from the cache;
 they take turns, in reversed order every second round, and the medians of single calls count. Prints times, ratios to
 bfloat16 and the share of the read bandwidth that the stored bytes reach; writes results/quantised_matmul.json.
 """
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from burnish import device
+from burnish.compress.fp8 import FP8
 from burnish.compress.int8 import Int8
 from burnish.compress.nf4 import NF4
 from burnish.native import products
@@ -72,11 +73,12 @@ def bitsandbytes_linear(dense: Tensor, x: Tensor):
 def contenders(dense: Tensor, x: Tensor) -> Contenders:
     """Stored bytes and a call per copy, by name."""
     plain = dense.bfloat16()
-    nf4, int8 = NF4.quantize(dense), Int8.quantize(dense)
+    nf4, int8, fp8 = NF4.quantize(dense), Int8.quantize(dense), FP8.quantize(dense)
     found: Contenders = {
         "bf16": (plain.nbytes, [lambda x, w=w: F.linear(x, w) for w in copies(plain, plain.nbytes)]),
         "nf4": (nf4.nbytes, [w.matmul for w in copies(nf4, nf4.nbytes)]),
         "int8": (int8.nbytes, [w.matmul for w in copies(int8, int8.nbytes)]),
+        "fp8": (fp8.nbytes, [w.matmul for w in copies(fp8, fp8.nbytes)]),
     }
     scale = int8.scale.bfloat16()
     found["torch int8"] = (

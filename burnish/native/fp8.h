@@ -14,7 +14,7 @@ INLINE chunk expand_fp8(const uint8_t *bytes) {
     chunk c;
 #ifdef WIDE
     const __m512i all = _mm512_set1_epi16(0x7fff), no_second = _mm512_set1_epi16((short)0xbfff);
-    for (int i = 0; i < 2; i++) {
+    EVERY(i, 2) {
         const __m256i eight = _mm256_loadu_si256((const __m256i *)bytes + i);
         const __mmask32 none = _mm256_cmpeq_epi8_mask(_mm256_or_si256(eight, _mm256_set1_epi8(-128)), _mm256_set1_epi8(-1));
         const __m512i two_signs = _mm512_slli_epi16(_mm512_cvtepi8_epi16(eight), 7);
@@ -24,19 +24,19 @@ INLINE chunk expand_fp8(const uint8_t *bytes) {
     }
 #elif VECTOR == 32 && defined(__F16C__)
     const __m256i seven = _mm256_set1_epi8(127);
-    for (int i = 0; i < 2; i++) {
+    EVERY(i, 2) {
         const __m256i eight = _mm256_loadu_si256((const __m256i *)bytes + i), size = _mm256_and_si256(eight, seven);
         const __m256i low = _mm256_or_si256(size, _mm256_cmpeq_epi8(size, seven)); /* no number: eight ones */
         const __m256i high = _mm256_srli_epi16(eight, 7); /* its lowest bit is the sign */
         const __m256i halves[] = {_mm256_slli_epi16(_mm256_unpacklo_epi8(low, high), 7),
                                   _mm256_slli_epi16(_mm256_unpackhi_epi8(low, high), 7)};
-        for (int j = 0; j < 2; j++) {
+        EVERY(j, 2) {
             c.part[4 * i + j] = (lanes)_mm256_cvtph_ps(_mm256_castsi256_si128(halves[j]));
             c.part[4 * i + 2 + j] = (lanes)_mm256_cvtph_ps(_mm256_extracti128_si256(halves[j], 1));
         }
     }
 #elif defined(__aarch64__) && VECTOR == 16
-    for (int i = 0; i < 4; i++) { /* as above */
+    EVERY(i, 4) { /* as above */
         const uint8x16_t eight = vld1q_u8(bytes + 16 * i), size = vandq_u8(eight, vdupq_n_u8(127));
         const uint8x16_t low = vorrq_u8(size, vceqq_u8(size, vdupq_n_u8(127))), high = vshrq_n_u8(eight, 7);
         const float16x8_t first = vreinterpretq_f16_u16(vshlq_n_u16(vreinterpretq_u16_u8(vzip1q_u8(low, high)), 7));

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_products import CODES, GROUPS, activations, assert_product, dtypes, every_fp8, plainly, quantise
+from test_fp8_products import every_fp8
+from test_products import CODES, GROUPS, activations, assert_product, dtypes, plainly, quantise
 
 from burnish.compress.fp4 import FP4
 from burnish.compress.fp8 import FP8
