@@ -1,4 +1,4 @@
-"""Shared set-up: one torch thread, no network, repeatable examples."""
+"""Shared set-up: one torch thread, no network, no kernels chosen by time, repeatable examples."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["BURNISH_MEASURE_KERNELS"] = "0"
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="burnish-tests-")
 
 import pytest

@@ -23,7 +23,7 @@ from burnish import device
 from burnish.bench.jobs import Job, run_job
 from burnish.bench.latency import summary
 from burnish.bench.launcher import launchers
-from burnish.bench.strategies_page import COLUMNS, cells, page
+from burnish.bench.strategies_page import COLUMNS, cells, kernel_lines, page
 from burnish.bench.strategy import DEFAULT, PARTS, parse
 from burnish.config import Bytes, UserError
 from burnish.plan import check_memory
@@ -123,7 +123,7 @@ def rows_of(name: str, rounds: Sequence[Job], batch_sizes: Sequence[int], limits
             "rank_memory_bytes": rounds[0].get("rank_memory_bytes"),
             "load_seconds": statistics.fmean(job["load_seconds"] for job in rounds),
             "of_bandwidth": bandwidth / limits["read_bytes_per_second"],
-            "of_matrix_rate": rate / limits["operations_per_second"],
+            "of_matrix_rate": rate / limits["operations_per_second"], "kernels": rounds[0]["kernels"],
         })  # fmt: skip
     return rows
 
@@ -170,4 +170,6 @@ def run(config: BenchConfig) -> int:
         f"limits of this machine: {limits['read_bytes_per_second'] / 1e9:.1f} GB/s read, "
         f"{limits['operations_per_second'] / 1e12:.2f} TFLOP/s in {limits['dtype']}"
     )
+    for line in kernel_lines(found["rows"]):
+        print(f"measured: {line}")
     return 0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from itertools import groupby
 from typing import Any
 
 import jinja2
 
 from burnish.bench.report_plots import number, size
+from burnish.native.products import FEW_DENSE_TOKENS
 
 COLUMNS = (
     "strategy", "batch", "latency", "P50", "P95", "first token", "a token", "tokens/s", "memory", "load",
@@ -28,6 +30,19 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         " + ".join(map(size, ranks)) if ranks else size(row["peak_memory_bytes"]),
         number(row["load_seconds"], 2), f"{row['of_bandwidth']:.0%}", f"{row['of_matrix_rate']:.0%}",
     ]  # fmt: skip
+
+
+def kernel_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Whose products the rows used for how many tokens, in words, for each storage and dtype that was measured."""
+    lines = []
+    for one in (one for row in rows if row["status"] == "ok" for one in row["kernels"]):
+        taken = [(FEW_DENSE_TOKENS, "burnish"), *zip(one["tokens"], one["taken"], strict=True)]
+        runs = [(name, list(run)[-1][0]) for name, run in groupby(taken, key=lambda pair: pair[1])]
+        words = [f"{name}'s to {last} tokens" for name, last in runs[:-1]]
+        words.append(f"{runs[-1][0]}'s " + ("above" if words else "for any number of tokens"))
+        threads = "1 thread" if one["threads"] == 1 else f"{one['threads']} threads"
+        lines.append(f"{one['storage']} weights, {one['activations']}, {threads}: products are {', '.join(words)}")
+    return list(dict.fromkeys(lines))
 
 
 def page(found: Mapping[str, Any], model: str) -> str:
@@ -53,5 +68,6 @@ def page(found: Mapping[str, Any], model: str) -> str:
         texts=[(row["strategy"], row["text"]) for row in rows if row["batch_size"] == rows[0]["batch_size"]],
         cpu=found["environment"]["cpu"], gpus=[gpu["name"] for gpu in found["environment"]["gpus"]],
         read=f"{limits['read_bytes_per_second'] / 1e9:.1f} GB/s",
+        kernels=kernel_lines(found["rows"]),
         rate=f"{limits['operations_per_second'] / 1e12:.2f} TFLOP/s in {limits['dtype']}",
     )  # fmt: skip

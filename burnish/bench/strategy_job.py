@@ -26,7 +26,7 @@ from burnish.engine.generate import Prompt, stream
 from burnish.model.bundle import Model
 from burnish.model.example import IGNORE, Example
 from burnish.model.linear import Weight
-from burnish.native import products
+from burnish.native import choice, products
 from burnish.place.choice import placed, ranks_of
 from burnish.store.checkpoint import load
 from burnish.store.hub import resolve
@@ -60,6 +60,7 @@ def requests(job: Result) -> dict[str, Any]:
         loaded = time.perf_counter() - began
         result: dict[str, Any] = {"load_seconds": loaded, "new_tokens": job["new_tokens"], **weights(model)}
         result["batches"] = [batch(model, job, size) for size in job["batch_sizes"]]
+        result["kernels"] = choice.used()
     return result | {"peak_memory_bytes": device.peak_memory(where) - (before if where.type == "cpu" else 0)}
 
 

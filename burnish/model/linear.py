@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from burnish.native import products
+from burnish.native import choice, products
 
 ROUNDED_TOKENS = 256  # widened at a time
 PIECE = 1 << 22  # weights expanded at a time
@@ -128,9 +128,29 @@ class Weight(nn.Module):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`matmul` without gradients."""
+        native = self.natively(x)
+        if native is not None:
+            return products.matmul(native[0], x, bias, self.shape, native[1])
+        return self.by_torch(x, bias)
+
+    def natively(self, x: Tensor) -> tuple[int, products.Stored] | None:
+        """`as_stored`, where `products.matmul` is the way for x (tokens, in)."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        stored = self.as_stored()
+        return stored if stored is not None and choice.ours(stored[0], x, self.shape, self.both_ways) else None
+
+    def both_ways(self) -> tuple[choice.Way, choice.Way]:
+        """The product with some of the rows, by `products.matmul` and by torch."""
+        rows = min(self.shape[0], max(1, choice.SAMPLE // self.shape[1]))
+        part = self.shard(0, [(0, rows)])
+        stored = part.as_stored()
+        assert stored is not None
+        return lambda x: products.matmul(stored[0], x, None, part.shape, stored[1]), lambda x: part.by_torch(x, None)
+
+    def by_torch(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`product` of torch's matrix products."""
         native = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        if native and (stored := self.as_stored()) is not None and products.fits(x, stored[0]):
-            return products.matmul(stored[0], x, bias, self.shape, stored[1])
         if native and arithmetic(x) in products.DTYPES and self.in_pieces:
             return by_pieces(x, self, bias)
         if arithmetic(x) == x.dtype:
@@ -211,10 +231,14 @@ class Dense(Weight):
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         kind, frozen = arithmetic(x), not (self.dense.requires_grad and torch.is_grad_enabled())
-        few = kind == torch.bfloat16 and x.device.type == "cpu" and len(x) <= products.FEW_DENSE_TOKENS
-        if frozen and (few or kind != self.dense.dtype):
+        if frozen and (kind != self.dense.dtype or (kind == torch.bfloat16 and self.natively(x) is not None)):
             return super().matmul(x, bias)  # which keeps no copy in `kind` for the backward pass
         return plain_product(x.to(kind), self.dense.to(kind), None if bias is None else bias.to(kind)).to(x.dtype)
+
+    def by_torch(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.dense.dtype == x.dtype == arithmetic(x):
+            return plain_product(x, self.dequantize(), None if bias is None else bias.to(x.dtype))
+        return super().by_torch(x, bias)
 
     def dequantize(self) -> Tensor:
         return self.dense

@@ -32,7 +32,7 @@ def load(sources: Sequence[Path], extra: Sequence[str] = ()) -> ctypes.CDLL | No
         log.warning(compiler_line())
         return None
     try:
-        return ctypes.CDLL(str(_built(tool, sources, extra, _cache())))
+        return ctypes.CDLL(str(_built(tool, sources, extra, cache())))
     except OSError:  # a cache that cannot be written to, or not executed from
         pass
     except subprocess.SubprocessError as error:
@@ -47,7 +47,8 @@ def load(sources: Sequence[Path], extra: Sequence[str] = ()) -> ctypes.CDLL | No
         return None
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """The folder of what is made once per machine."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "burnish"
 
 

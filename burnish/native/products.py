@@ -3,7 +3,8 @@
 The plain torch twin reads a quantised matrix, writes it expanded and reads that again; `products.c` expands it in
 registers, so that a few tokens cost the stored bytes only, and `gemm.c` for many tokens in the processor's cache. So
 they do with bfloat16, which torch multiplies slowly on processors without instructions for it; on others many tokens
-are torch's. Where there is no compiler, `usable` and `fits` say no, and their callers run on plain torch.
+are torch's, or what `choice.py` measures. Where there is no compiler, `usable` and `fits` say no, and their callers run
+on plain torch.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ NF4, INT8, DENSE, FLOATS, GROUPED = 0, 1, 2, 3, 4
 GROUPED_2, GROUPED_3, GROUPED_8 = range(5, 8)
 FP8 = 8
 Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K = range(9, 16)  # GGUF's formats
+NAMES = (
+    "nf4", "int8", "bfloat16", "float32", "groups_4", "groups_2", "groups_3", "groups_8", "fp8",
+    "q8_0", "q4_0", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k",
+)  # fmt: skip
 FEW_TOKENS = 32  # that `products.c` multiplies
 MULTIPLIES_BFLOAT16 = multiplies_bfloat16()
 FEW_DENSE_TOKENS = 4  # above it, a processor that multiplies bfloat16 is faster by torch
@@ -51,12 +56,16 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def fits(x: Tensor, kind: int) -> bool:
-    """Whether `matmul` is the way for x (tokens, in) and a kind of storage."""
-    if not usable(x.device, x.dtype) or not len(x):
-        return False
-    if x.dtype is torch.float32:
+    """Whether `matmul` is the way for x (tokens, in) and a kind of storage, as far as constants tell; for matrices that
+    are large enough `choice.ours` has measured it."""
+    return bool(len(x)) and usable(x.device, x.dtype) and by_constants(kind, x.dtype, len(x))
+
+
+def by_constants(kind: int, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether `matmul` is the faster way on the processors that were at hand, where it is usable."""
+    if dtype is torch.float32:
         return kind != FLOATS  # which torch multiplies
-    return not MULTIPLIES_BFLOAT16 or len(x) <= (FEW_DENSE_TOKENS if kind == DENSE else FEW_TOKENS)
+    return not MULTIPLIES_BFLOAT16 or tokens <= (FEW_DENSE_TOKENS if kind == DENSE else FEW_TOKENS)
 
 
 def matmul(kind: int, x: Tensor, bias: Tensor | None, shape: Sequence[int], stored: Stored) -> Tensor:

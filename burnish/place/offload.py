@@ -26,7 +26,7 @@ from burnish import device as machine
 from burnish.config import UserError
 from burnish.model import linear
 from burnish.model.network import Network
-from burnish.native import products
+from burnish.native import choice, products
 from burnish.place.reading import BUFFERS, Reader
 from burnish.place.units import Entry, Plan, Unit, absent, buffer_size, choose, units
 
@@ -62,6 +62,7 @@ class Offload:
         if table in plan:
             Rows(net.embed_tokens, plan[table][0], plan[table][2], device)
         machine.return_large_blocks()
+        choice.measures = False  # for which there is no room
         self.fitting(self.activations(net, 1, 1, 0))
         self.reader = Reader()
         net.register_forward_pre_hook(self.prepare, with_kwargs=True)

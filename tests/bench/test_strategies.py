@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import sys
@@ -16,12 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from burnish import chain, cli
 from burnish.bench.strategies import BenchConfig, bench, rows_of, table
-from burnish.bench.strategies_page import page
+from burnish.bench.strategies_page import kernel_lines, page
 from burnish.bench.strategy_job import over_ranks, weights
 from burnish.config import UserError
 from burnish.engine.decoding import GenerationConfig
 from burnish.engine.reply import Row, after, begin
 from burnish.model.example import IGNORE, Example
+from burnish.native import choice
 from burnish.store.checkpoint import load
 
 LIMITS = {"read_bytes_per_second": 1e10, "operations_per_second": 1e12, "dtype": "float32"}
@@ -37,8 +39,8 @@ def test_every_strategy_is_timed_and_shows_its_text(root, tmp_path, capsys):
     assert [(row["strategy"], row["batch_size"]) for row in found["rows"]] == [
         (name, size) for name in ("plain", "int8", "nf4+fused") for size in (1, 3)
     ]
-    html = (tmp_path / "report.html").read_text()
-    assert all(row["strategy"] in html for row in found["rows"]) and "decodes fastest" in html
+    text = (tmp_path / "report.html").read_text()
+    assert all(row["strategy"] in text for row in found["rows"]) and "decodes fastest" in text
     for row in found["rows"]:
         time = row["latency_ms"]
         assert row["status"] == "ok" and isinstance(row["text"], str) and row["prompt_tokens"] == 3
@@ -50,13 +52,36 @@ def test_every_strategy_is_timed_and_shows_its_text(root, tmp_path, capsys):
     assert found["limits"]["read_bytes_per_second"] > 1e8
 
 
+def test_kernels_chosen_by_measurement_are_shown(tmp_path, monkeypatch, capsys):
+    """By a model whose feed-forward is large enough to be timed, in the JSON and on the page, and in words."""
+    wide = {"num_hidden_layers": 1, "intermediate_size": 32768}
+    folder = str(tiny.write(tmp_path / "wide", tiny.reference("llama", **wide)))
+    monkeypatch.setenv(choice.SWITCH, "1")
+    words = ["bench", folder, "--runs", "2", "--warmups", "0", "--max-new-tokens", "2", "--prompt-tokens", "9"]
+    assert cli.main([*words, "--strategies", "int8,plain", "--json", "--output-dir", str(tmp_path / "out")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (one,), _ = (row["kernels"] for row in found["rows"])
+    assert (
+        one["storage"] == "int8" and one["tokens"] == list(choice.COUNTS) and set(one["taken"]) <= {"burnish", "torch"}
+    )
+    (line,) = kernel_lines(found["rows"])
+    assert line in html.unescape((tmp_path / "out" / "report.html").read_text())
+    told = {
+        "burnish burnish torch torch": "burnish's to 32 tokens, torch's above",
+        "torch torch torch torch": "burnish's to 4 tokens, torch's above",
+        "burnish burnish burnish burnish": "burnish's for any number of tokens",
+    }
+    for taken, text in told.items():
+        assert text in kernel_lines([row("x", kernels=[{**one, "taken": taken.split()}])])[0]
+
+
 def row(strategy: str, **found: object) -> dict[str, object]:
     time = {"mean": 13941.7, "std": 1466.4, "p50": 14160.2, "p95": 15267.5}
     return {
         "strategy": strategy, "batch_size": 1, "status": "ok", "error": None, "latency_ms": time,
         "first_token_ms": 780.8, "per_token_ms": 692.7, "tokens_per_second": 1.43, "peak_memory_bytes": 2463481856,
         "rank_memory_bytes": [2463481856, 1588592640], "load_seconds": 0.33, "of_bandwidth": 0.05,
-        "of_matrix_rate": 0.27, **found,
+        "of_matrix_rate": 0.27, "kernels": [], **found,
     }  # fmt: skip
 
 
@@ -138,7 +163,7 @@ def test_a_rank_that_dies_at_its_start_is_named_with_its_last_words(tmp_path, mo
 def test_the_limits_fractions_follow_from_the_times(devices):
     part = {"first_ms": [100.0, 100.0], "total_ms": [300.0, 500.0], "text": "x", "prompt_tokens": 10}
     job = {"status": "ok", "new_tokens": 4, "weight_bytes": 5e8, "prompt_weights": 9e8, "answer_weights": 1e9}
-    job |= {"batches": [part], "peak_memory_bytes": 7, "load_seconds": 1.0, "devices": devices}
+    job |= {"batches": [part], "peak_memory_bytes": 7, "load_seconds": 1.0, "devices": devices, "kernels": []}
     (row,) = rows_of("plain", [job, job], [2], LIMITS)
     assert row["per_token_ms"] == pytest.approx(100.0) and row["latency_ms"]["p95"] == 500.0
     assert row["of_bandwidth"] == pytest.approx(0.5 / devices)  # 0.5 GB in 0.1 s of 10 GB/s
