@@ -72,6 +72,9 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     for name, least in (("runs", 1), ("warmups", 0), ("max_new_tokens", 2), ("prompt_tokens", 0), ("ranks", 2)):
         if getattr(config, name) < least:
             raise UserError(f"{name}: must be at least {least}, is {getattr(config, name)}")
+    for name in ("strategies", "batch_sizes"):
+        if not getattr(config, name):
+            raise UserError(f"{name}: name at least one")
     ways = {name: parse(name, config.ranks, config.memory_limit or 0) for name in config.strategies}
     folder = resolve(config.model)
     check_memory(folder, [list(way.techniques) for way in ways.values() if way.place != "offload"])
@@ -104,7 +107,8 @@ def rows_of(name: str, rounds: Sequence[Job], batch_sizes: Sequence[int], limits
     """A strategy's row for every batch size; the worst status of its rounds is the row's."""
     failed = next((job for job in rounds if job["status"] != "ok"), None)
     if failed:
-        return [{"strategy": name, "batch_size": size, **failed} for size in batch_sizes]
+        error = " ".join(str(failed["error"]).split())
+        return [{"strategy": name, "batch_size": size, **failed, "error": error} for size in batch_sizes]
     rows = []
     for at, size in enumerate(batch_sizes):
         parts = [job["batches"][at] for job in rounds]
@@ -151,17 +155,27 @@ def table(found: dict[str, Any], width: int | None = None) -> Any:
 
 
 def run(config: BenchConfig) -> int:
-    """Time, print the table, what each strategy said, and the limits."""
-    import rich
-
+    """Time and print; 1 where no strategy ran."""
     found = bench(config)
     if config.output_dir is not None:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         write_json(found, config.output_dir / "bench.json")
         (config.output_dir / "report.html").write_text(page(found, config.model), encoding="utf-8")
+    status = 0 if any(row["status"] == "ok" for row in found["rows"]) else 1
     if config.json:
         print(json.dumps(found))
-        return 0
+    else:
+        show(found)
+    if status:
+        first = found["rows"][0]
+        print(f"burnish bench: no strategy ran; {first['strategy']}: {first['error']}", file=sys.stderr)
+    return status
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the table, what each strategy said or why it failed, the limits, and what was measured of kernels."""
+    import rich
+
     rich.print(table(found))
     for row in found["rows"]:
         print(f"{row['strategy']}: {row['text']!r}" if row["status"] == "ok" else f"{row['strategy']}: {row['error']}")
@@ -172,4 +186,3 @@ def run(config: BenchConfig) -> int:
     )
     for line in kernel_lines(found["rows"]):
         print(f"measured: {line}")
-    return 0

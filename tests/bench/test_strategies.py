@@ -8,6 +8,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -16,7 +17,8 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from burnish import chain, cli
-from burnish.bench.strategies import BenchConfig, bench, rows_of, table
+from burnish.bench import strategies
+from burnish.bench.strategies import BenchConfig, bench, rows_of, run, table
 from burnish.bench.strategies_page import kernel_lines, page
 from burnish.bench.strategy_job import over_ranks, weights
 from burnish.config import UserError
@@ -140,12 +142,27 @@ def test_every_place_answers_as_the_model_does(tmp_path):
     assert all(0 < row["of_bandwidth"] < 1 and row["per_token_ms"] > 0 for row in rows)
 
 
-def test_a_strategy_that_fails_is_its_own_loss(tmp_path):
+def test_a_strategy_that_fails_is_its_own_loss(tmp_path, capsys):
     folder = tiny.write(tmp_path / "odd", tiny.reference("llama", num_attention_heads=1, num_key_value_heads=1))
     config = BenchConfig(str(folder), ["tensor_parallel", "plain"], runs=1, warmups=0, max_new_tokens=2)
-    broken, plain = bench(config)["rows"]
+    assert run(replace(config, json=True)) == 0
+    broken, plain = json.loads(capsys.readouterr().out)["rows"]
     assert broken["status"] == "failed" and "attention heads" in broken["error"] and plain["status"] == "ok"
     assert "attention heads" in page({"rows": [broken], "limits": LIMITS, "environment": {"cpu": "x", "gpus": []}}, "m")
+
+
+@pytest.mark.parametrize("words", [["--json"], []])
+def test_a_bench_of_which_nothing_ran_fails(monkeypatch, capsys, words):
+    """With one line that says so and why; the rows are shown all the same."""
+    rows = [{"strategy": name, "batch_size": 1, "status": "failed", "error": f"no {name}"} for name in ("int8", "nf4")]
+    found = {"rows": rows, "limits": LIMITS, "environment": {}}
+    monkeypatch.setattr(strategies, "bench", lambda config: found)
+    assert cli.main(["bench", *words]) == 1
+    told = capsys.readouterr()
+    assert told.err == "burnish bench: no strategy ran; int8: no int8\n"
+    assert json.loads(told.out) == found if words else all(f"{name}: no" in told.out for name in ("int8", "nf4"))
+    rows[1] = row("nf4", text="yes")
+    assert cli.main(["bench", *words]) == 0 and not capsys.readouterr().err
 
 
 def test_a_rank_that_dies_at_its_start_is_named_with_its_last_words(tmp_path, monkeypatch):
@@ -165,6 +182,8 @@ def test_the_limits_fractions_follow_from_the_times(devices):
     job = {"status": "ok", "new_tokens": 4, "weight_bytes": 5e8, "prompt_weights": 9e8, "answer_weights": 1e9}
     job |= {"batches": [part], "peak_memory_bytes": 7, "load_seconds": 1.0, "devices": devices, "kernels": []}
     (row,) = rows_of("plain", [job, job], [2], LIMITS)
+    dead = {"status": "failed", "error": "no disk\n  is left\n"}
+    assert [row["error"] for row in rows_of("plain", [job, dead], [2, 3], LIMITS)] == ["no disk is left"] * 2
     assert row["per_token_ms"] == pytest.approx(100.0) and row["latency_ms"]["p95"] == 500.0
     assert row["of_bandwidth"] == pytest.approx(0.5 / devices)  # 0.5 GB in 0.1 s of 10 GB/s
     assert row["of_matrix_rate"] == pytest.approx(0.4 / devices)  # 2 * (9e8 * 20 + 1e9 * 2) in 0.1 s of 1e12
@@ -176,6 +195,8 @@ def test_the_limits_fractions_follow_from_the_times(devices):
     ({"strategies": ["offload+fused"]}, "offload runs a checkpoint as it is stored"),
     ({"strategies": ["layer_parallel+fused"]}, "leave one away"),
     ({"ranks": 1}, "ranks: must be at least 2"),
+    ({"strategies": []}, "strategies: name at least one"),
+    ({"batch_sizes": []}, "batch_sizes: name at least one"),
     ({"runs": 0}, "runs: must be at least 1"),
     ({"max_new_tokens": 1}, "max_new_tokens: must be at least 2"),
     ({"model": "no/such-folder/here"}, "no such folder"),
