@@ -31,8 +31,9 @@ from burnish.store.hub import resolve
 from burnish.store.tensors import write_json
 
 ROUNDS = 2
-NARROW = ("strategy", "latency", "first token", "a token", "memory", "of bandwidth")  # of `COLUMNS`
-OF_BATCHES = ("batch", "tokens/s")  # where they differ
+WIDE = 130  # columns of a terminal that hold all of `COLUMNS` in one table; in two where it has less
+FIRST = ("strategy", "batch", "latency", "first token", "a token", "memory", "of bandwidth")
+SECOND = ("strategy", "batch", "P50", "P95", "tokens/s", "load", "of matrix rate")
 PROMPT = "Question: Where was Odile Kinlow born? Answer:"
 
 
@@ -132,25 +133,31 @@ def rows_of(name: str, rounds: Sequence[Job], batch_sizes: Sequence[int], limits
     return rows
 
 
-def table(found: dict[str, Any], width: int | None = None) -> Any:
-    """The rows for a terminal of `width` columns (the console's by default); below 130 some are left out."""
+def tables(found: dict[str, Any], width: int | None = None) -> list[Any]:
+    """The rows for a terminal of `width` columns, the console's by default; what failed is in the first table only."""
     import rich
+
+    if (width or rich.get_console().width) >= WIDE:
+        return [table(found["rows"], COLUMNS)]
+    ran = [row for row in found["rows"] if row["status"] == "ok"]
+    alike = len({row["batch_size"] for row in found["rows"]}) == 1
+    first = [name for name in FIRST if not (alike and name == "batch")]  # which the second tells
+    return [table(found["rows"], first), *([table(ran, SECOND)] if ran else [])]
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> Any:
+    """Some of the `COLUMNS` of the rows."""
     from rich import box
     from rich.table import Table
 
-    wide = (width or rich.get_console().width) >= 130
-    batches = len({row["batch_size"] for row in found["rows"]}) > 1
-    kept = (*NARROW, *OF_BATCHES) if batches else NARROW
-    shown = [at for at, name in enumerate(COLUMNS) if wide or name in kept]
     out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
-    for at in shown:
-        name = COLUMNS[at]
-        wraps, title = name in ("strategy", "memory"), name.replace(" ", "\n")
-        out.add_column(title, justify="right" if at else "left", no_wrap=not wraps, overflow="fold")
-    for row in found["rows"]:
-        ok = row["status"] == "ok"
-        every = cells(row) if ok else [row["strategy"], str(row["batch_size"]), row["status"], *[""] * len(COLUMNS)]
-        out.add_row(*(every[at] for at in shown))
+    for name in columns:
+        wraps, left = name in ("strategy", "memory"), name == "strategy"
+        out.add_column(name.replace(" ", "\n"), justify="left" if left else "right", no_wrap=not wraps, overflow="fold")
+    for row in rows:
+        failed = {"strategy": row["strategy"], "batch": str(row["batch_size"]), "latency": row["status"]}
+        every = dict(zip(COLUMNS, cells(row), strict=True)) if row["status"] == "ok" else failed
+        out.add_row(*(every.get(name, "") for name in columns))
     return out
 
 
@@ -173,10 +180,11 @@ def run(config: BenchConfig) -> int:
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print the table, what each strategy said or why it failed, the limits, and what was measured of kernels."""
+    """Print the tables, what each strategy said or why it failed, the limits, and what was measured of kernels."""
     import rich
 
-    rich.print(table(found))
+    for one in tables(found):
+        rich.print(one, "")
     for row in found["rows"]:
         print(f"{row['strategy']}: {row['text']!r}" if row["status"] == "ok" else f"{row['strategy']}: {row['error']}")
     limits = found["limits"]

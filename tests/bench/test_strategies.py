@@ -17,8 +17,8 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from burnish import chain, cli
-from burnish.bench import strategies
-from burnish.bench.strategies import BenchConfig, bench, rows_of, run, table
+from burnish.bench import strategies, strategies_page
+from burnish.bench.strategies import BenchConfig, bench, rows_of, run, tables
 from burnish.bench.strategies_page import kernel_lines, page
 from burnish.bench.strategy_job import over_ranks, weights
 from burnish.config import UserError
@@ -87,16 +87,34 @@ def row(strategy: str, **found: object) -> dict[str, object]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("width", [80, 140])
-def test_the_table_fits_its_terminal(width):
-    """Every figure that has a column is whole; what failed takes no room."""
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_the_tables_fit_their_terminal(width):
+    """Every figure is whole, in one table or two; what failed takes no room."""
     rows = [row("int8+tensor_parallel+fused"), row("offload", status="failed", error="no disk " * 40)]
-    console = Console(width=width, record=True, file=io.StringIO())
-    console.print(table({"rows": rows}, width))
-    text = console.export_text()
+    text = shown(rows, width)
     assert "…" not in text and max(map(len, text.splitlines())) <= width and "disk" not in text
-    assert all(found in text for found in ("13,942 ± 1,466", "781", "693", "2.29 GiB", "5%", "failed"))
-    assert [found in text for found in ("14,160", "1.43")] == 2 * [width == 140]
+    figures = ("13,942 ± 1,466", "14,160", "15,268", "781", "693", "1.43", "2.29 GiB", "1.48", "0.33", "5%", "27%")
+    assert all(text.count(figure) == 1 for figure in figures)
+    assert text.count("strategy") == (1 if width == 140 else 2)
+    assert text.count("offload") == text.count("failed") == 1
+    heads = " ".join(text.split())
+    assert all(word in heads for name in strategies_page.COLUMNS for word in name.split())
+    assert shown(rows[1:], width).count("strategy") == 1
+
+
+def shown(rows: list[dict[str, object]], width: int) -> str:
+    """What a terminal of so many columns shows of the rows."""
+    console = Console(width=width, record=True, file=io.StringIO())
+    for one in tables({"rows": rows}, width):
+        console.print(one)
+    return console.export_text()
+
+
+def test_two_batch_sizes_are_told_apart_in_both_tables():
+    lines = shown([row("int8", batch_size=size, tokens_per_second=size / 7) for size in (3, 64)], 80).splitlines()
+    found = [line.split() for line in lines if line.startswith("int8")]
+    assert [words[1] for words in found] == ["3", "64"] * 2
+    assert "0.429" in found[2] and "9.14" in found[3]
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "gpt2", "t5"])
