@@ -245,7 +245,7 @@ class Dense(Weight):
 
     @property
     def in_pieces(self) -> bool:
-        return True
+        return self.dense.dtype != torch.float32  # which is multiplied as it lies
 
     def expand(self, first: int, out: Tensor) -> None:
         out.copy_(self.dense[first : first + len(out)])
