@@ -50,7 +50,8 @@ class Chooser:
     def scores(self, logits: Tensor, rows: Sequence[Row], texts: Sequence[list[int]], step: int) -> Tensor:
         """logits (B, V) in float32 after penalties and bans, for token number `step` of the rows' replies `texts`.
 
-        Raises UserError where the model gives none.
+        Sequences that may not come twice are the last ban: it is lifted for a row's token where it would leave none, so
+        that a reply is always one of `choices`, or of the schema. Raises UserError where the model gives none.
         """
         config = self.config
         broken = logits.isnan().any(dim=1).nonzero()
@@ -62,9 +63,6 @@ class Chooser:
         if step and (config.presence_penalty or config.frequency_penalty):
             counts = self.counted(logits, texts)
             logits = sampling.count_penalty(logits, counts, config.presence_penalty, config.frequency_penalty)
-        if config.no_repeat_ngram_size:
-            whole = [[*row.past, *text] for row, text in zip(rows, texts, strict=True)]
-            logits = sampling.no_repeat_ngram(logits, whole, config.no_repeat_ngram_size)
         if self.guide:
             logits = self.guide(logits, texts)
         if step == 0 and self.forced is not None:
@@ -74,6 +72,10 @@ class Chooser:
             logits = logits.index_fill(
                 1, torch.tensor(self.eos, device=logits.device, dtype=torch.long), sampling.NEVER
             )
+        if config.no_repeat_ngram_size:
+            whole = [[*row.past, *text] for row, text in zip(rows, texts, strict=True)]
+            banned = sampling.no_repeat_ngram(logits, whole, config.no_repeat_ngram_size)
+            logits = torch.where((banned > sampling.NEVER).any(dim=1, keepdim=True), banned, logits)
         return logits
 
     def __call__(self, logits: Tensor, rows: Sequence[Row], step: int) -> Tensor:

@@ -19,6 +19,7 @@ from burnish.chain import Model
 from burnish.engine.chooser import Chooser, not_numbers
 from burnish.engine.decoding import GenerationConfig
 from burnish.engine.reply import Ends, Piece, Row, begin, routes
+from burnish.engine.sampling import NEVER
 
 
 def contrastive_search(model: Model, rows: list[Row], config: GenerationConfig, ends: Ends) -> Iterator[Piece]:
@@ -44,7 +45,7 @@ def contrastive_search(model: Model, rows: list[Row], config: GenerationConfig, 
         for row, broken in zip(rows, merit.isnan().any(dim=1).tolist(), strict=True):
             if broken and not row.done:  # else it would win
                 raise not_numbers(row, step)
-        chosen = merit.argmax(dim=-1)
+        chosen = merit.masked_fill(chances == 0, NEVER).argmax(dim=-1)  # where fewer than k may follow
         kept = torch.arange(len(rows), device=model.device) * k + chosen
         cache.select(kept)
         past = torch.cat((past, states[torch.arange(len(rows)), chosen, None]), dim=1)

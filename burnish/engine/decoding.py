@@ -51,7 +51,9 @@ class GenerationConfig:
     )
     presence_penalty: float = _field(0.0, "taken from the logit of each token that the reply has")
     frequency_penalty: float = _field(0.0, "taken from a token's logit for each time that the reply has it")
-    no_repeat_ngram_size: int = _field(0, "no sequence of so many tokens comes twice; 0: any may")
+    no_repeat_ngram_size: int = _field(
+        0, "no sequence of so many tokens comes twice, unless nothing else may follow (see choices); 0: any may"
+    )
     num_beams: int = _field(1, "beam search: so many continuations are followed, and the likeliest is given")
     num_beam_groups: int = _field(1, "beam search: groups that keep away from each other's tokens")
     diversity_penalty: float = _field(0.0, "beam search: taken for each earlier group that chose the same token")

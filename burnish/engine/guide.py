@@ -43,8 +43,8 @@ class Guide:
         allowed = torch.zeros(logits.shape, dtype=torch.bool)
         for row, text in enumerate(texts):
             self.matcher.reset()
-            self.matcher.consume_tokens(text)
-            if self.matcher.is_stopped():  # nothing goes on but the end
+            taken = self.matcher.try_consume_tokens(text)  # a refused token would break the matcher for good
+            if taken < len(text) or self.matcher.is_stopped():  # a beam without chance, or nothing but the end goes on
                 allowed[row, self.ends or slice(None)] = True
                 continue
             self.kernels.fill_next_token_bitmask(self.matcher, self.mask)

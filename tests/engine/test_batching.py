@@ -142,10 +142,12 @@ def test_guided_beside_free():
     model = burnish.load("pebble", torch.float32)
     prompts = ["Question: What does Odile Kinlow like to eat? Answer:", "Review: dull. Sentiment:"]
     settings = [GenerationConfig(choices=["positive", "negative"]), GenerationConfig(max_new_tokens=12)]
+    settings.append(replace(settings[0], no_repeat_ngram_size=1, choices=["dull: dull: dull"], do_sample=True))
     pool = batcher(model, block_size=16)
     requests = [(text, config, pool.submit(text, config)) for config in settings for text in prompts]
     for text, config, request in requests:
         assert request.result() == alone(model, text, config)
+        assert not config.choices or request.result().text.strip() in config.choices
 
 
 def test_mixed_adapters(root, tmp_path):

@@ -15,7 +15,9 @@ from burnish.config import UserError
 from burnish.engine import speculation
 from burnish.engine.decoding import GenerationConfig
 from burnish.engine.generate import generate
+from burnish.engine.guide import Guide
 from burnish.engine.reply import eos_ids
+from burnish.engine.sampling import NEVER
 from burnish.engine.speculation import looked_up
 from burnish.model.bundle import Model
 from burnish.model.example import IGNORE, Example
@@ -195,7 +197,14 @@ def test_penalties_and_stop_tokens_in_the_loop(root):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"do_sample": True, "seed": 5}]
+    "settings",
+    [
+        {},
+        {"num_beams": 3},
+        {"prompt_lookup_num_tokens": 3},
+        {"do_sample": True, "seed": 5},
+        {"penalty_alpha": 0.95, "top_k": 8},
+    ],
 )
 def test_choices_and_json(settings):
     pytest.importorskip("llguidance")
@@ -209,6 +218,37 @@ def test_choices_and_json(settings):
     for done in generate(model, prompts, GenerationConfig(json_schema=schema, max_new_tokens=64, **settings)):
         value = json.loads(done.text)
         assert value.keys() == {"name", "sure"} and len(value["name"]) <= 8 and isinstance(value["sure"], bool)
+
+
+WARPED = {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.9}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("settings", [
+    {}, {"num_beams": 3}, {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}, {"do_sample": True},
+    {"do_sample": True, **WARPED}, {"prompt_lookup_num_tokens": 3}, {"penalty_alpha": 0.6, "top_k": 4},
+])  # fmt: skip
+def test_a_choice_is_given_whole_though_all_of_it_was_said(settings, size):
+    """The ban of repetitions gives way where nothing else may follow, alone and in a batch."""
+    pytest.importorskip("llguidance")
+    model = burnish.load("pebble", torch.float32)
+    choices = ["positive", "negative", "bread, bread, bread"]
+    config = GenerationConfig(choices=choices, max_new_tokens=12, no_repeat_ngram_size=size, **settings)
+    prompts = [f"Review: {choices[0]} {choices[1]} {choices[2]}. Sentiment:", "Review: dull. Sentiment:"]
+    found = generate(model, prompts, config)
+    assert all(done.text.strip() in choices and done.finish_reason == "eos" for done in found)
+    assert [generate(model, [text], config)[0].ids for text in prompts] == [done.ids for done in found]
+
+
+def test_a_beam_without_chance_leaves_the_others_their_grammar():
+    """Of a reply that the grammar refuses nothing but the end goes on, and the next reply is judged by itself."""
+    pytest.importorskip("llguidance")
+    model = burnish.load("pebble")
+    guide, logits = Guide(model, ["positive", "negative"], {}, [1]), torch.zeros(3, model.spec.vocab_size)
+    start = model.tokenizer(" positive")["input_ids"][:1]
+    good, bad, other = guide(logits, [[], [3, 3], start])
+    assert (bad > NEVER).nonzero().tolist() == [[1]] and other[1] == 0 and good[start[0]] == 0
+    assert torch.equal(guide(logits[:1], [[]])[0], good) and good[1] == NEVER
 
 
 def test_a_schema_that_makes_no_sense():
