@@ -220,27 +220,9 @@ class Transformer(Network):
             x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype)
         return x
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        *,
-        inputs_embeds: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        cache: KVCache | None = None,
-        prefix: Prefix | None = None,
-        source: Any = None,
-    ) -> Tensor:
-        """Hidden states (B, T, hidden) of T new tokens given as ids (B, T) or embeddings (B, T, hidden); 0 at padding.
-
-        attention_mask (B, T): real tokens among the new ones. position_ids (B, T) default to counting real tokens,
-        on from the cache or the prefix. segment_ids (B, T): documents of a packed row. `cache` is written in place.
-        source: what an encoder-decoder's layers attend to.
-        """
-        given = (input_ids, inputs_embeds, attention_mask, position_ids, segment_ids, token_type_ids)
-        x, frames = self.enter(*given, cache, prefix, source)
+    def forward(self, input_ids: Tensor | None = None, **given: Any) -> Tensor:
+        """Hidden states (B, T, hidden) of what `enter` takes; 0 at padding."""
+        x, frames = self.enter(input_ids, **given)
         frame = frames[0]
         ran = None if self.run_layers is None else self.run_layers(x, frames)
         if ran is not None:
@@ -256,7 +238,8 @@ class Transformer(Network):
 
     def enter(
         self,
-        input_ids: Tensor | None,
+        input_ids: Tensor | None = None,
+        *,
         inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -266,7 +249,13 @@ class Transformer(Network):
         prefix: Prefix | None = None,
         source: Any = None,
     ) -> tuple[Tensor, list[Frame]]:
-        """What the layers begin with, x (N, hidden), and the frame of each. Arguments as `forward`'s."""
+        """What the layers begin with, x (N, hidden), and the frame of each, for T new tokens given as ids (B, T) or
+        embeddings (B, T, hidden).
+
+        attention_mask (B, T): real tokens among the new ones. position_ids (B, T) default to counting real tokens,
+        on from the cache or the prefix. segment_ids (B, T): documents of a packed row. `cache` is written in place.
+        source: what an encoder-decoder's layers attend to.
+        """
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.to(self.dtype)  # type: ignore[arg-type]
         batch, length, _ = x.shape
         valid = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
