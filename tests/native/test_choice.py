@@ -36,6 +36,7 @@ def measuring(monkeypatch, tmp_path):
     assert products.library() is not None
     monkeypatch.setenv(choice.SWITCH, "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(choice, "measures", True)  # which a test of offload may have ended
     monkeypatch.setattr(choice, "LEAST", 64 * 128)
     forget(monkeypatch)
     return tmp_path / "burnish"
