@@ -13,7 +13,7 @@
 #include <math.h>
 
 #include "weights.h"
-enum { SUPER = 256, TRIES = 24 };
+enum { SUPER = 256, TRIES = 24, SIDE = 8 /* blocks of 32 at once */ };
 static const float STEP = 2.0f / (TRIES - 1); /* of a scale's inverse, in levels */
 
 INLINE uint16_t to_half(float value) { /* to the nearest, ties to even */
@@ -55,28 +55,65 @@ INLINE float farthest(const float *x, int count) {
     return 0;
 }
 
-INLINE void quantize_q8_0(const float *x, uint8_t *to) {
-    const float d = largest(x, 32) / 127, inverse = d == 0 ? 0 : 1 / d;
-    int32_t q[32];
-    put_half(to, d);
-    for (int i = 0; i < 32; i++) { /* halves away from zero */
-        const float value = x[i] * inverse, size = __builtin_fabsf(value);
-        const int32_t down = (int32_t)size, rounded = down + (size - (float)down >= 0.5f);
-        q[i] = value < 0 ? -rounded : rounded;
-    }
-    for (int i = 0; i < 32; i++) to[2 + i] = (uint8_t)q[i];
+/* The largest of each of SIDE blocks of 32, of `sign` times the weights or, where it is 0, of their sizes; by pairs of
+ * neighbours. */
+INLINE void highest(const float *x, int sign, float *most) {
+    float each[8 * SIDE], pairs[4 * SIDE], fours[2 * SIDE];
+#define LARGER(A, B) ((A) > (B) ? (A) : (B))
+    for (int b = 0; b < SIDE; b++)
+        for (int i = 0; i < 8; i++) {
+            float of[4];
+            for (int j = 0; j < 4; j++) {
+                const float value = x[32 * b + 8 * j + i];
+                of[j] = sign ? (float)sign * value : __builtin_fabsf(value);
+            }
+            const float first = LARGER(of[0], of[1]), second = LARGER(of[2], of[3]);
+            each[8 * b + i] = LARGER(first, second);
+        }
+    for (int i = 0; i < 4 * SIDE; i++) pairs[i] = LARGER(each[2 * i], each[2 * i + 1]);
+    for (int i = 0; i < 2 * SIDE; i++) fours[i] = LARGER(pairs[2 * i], pairs[2 * i + 1]);
+    for (int i = 0; i < SIDE; i++) most[i] = LARGER(fours[2 * i], fours[2 * i + 1]);
 }
 
-INLINE void quantize_q4_0(const float *x, uint8_t *to) {
-    const float d = farthest(x, 32) / -8, inverse = d == 0 ? 0 : 1 / d;
-    int32_t q[32];
-    put_half(to, d);
-    for (int i = 0; i < 32; i++) {
-        const int32_t whole = (int32_t)(x[i] * inverse + 8.5f);
-        q[i] = whole > 15 ? 15 : whole;
+/* SIDE blocks of 32 weights. */
+INLINE void quantize_q8_0(const float *x, uint8_t *to) {
+    float most[SIDE], d[SIDE], inverse[SIDE];
+    highest(x, 0, most);
+    for (int b = 0; b < SIDE; b++) d[b] = most[b] / 127;
+    for (int b = 0; b < SIDE; b++) inverse[b] = d[b] == 0 ? 0 : 1 / d[b];
+    for (int b = 0; b < SIDE; b++, x += 32, to += 34) {
+        int32_t q[32];
+        put_half(to, d[b]);
+        for (int i = 0; i < 32; i++) { /* halves away from zero */
+            const float value = x[i] * inverse[b], size = __builtin_fabsf(value);
+            const int32_t down = (int32_t)size, rounded = down + (size - (float)down >= 0.5f);
+            q[i] = value < 0 ? -rounded : rounded;
+        }
+        for (int i = 0; i < 32; i++) to[2 + i] = (uint8_t)q[i];
     }
-    for (int i = 0; i < 16; i++) q[i] |= q[i + 16] << 4;
-    for (int i = 0; i < 16; i++) to[2 + i] = (uint8_t)q[i];
+}
+
+/* SIDE blocks of 32 weights; a scale is `farthest` by -8. */
+INLINE void quantize_q4_0(const float *x, uint8_t *to) {
+    float high[SIDE], low[SIDE], d[SIDE], inverse[SIDE];
+    highest(x, 1, high), highest(x, -1, low);
+    int equal = 0;
+    for (int b = 0; b < SIDE; b++) {
+        equal |= high[b] == low[b];
+        d[b] = (high[b] > low[b] ? high[b] : -low[b]) / -8;
+    }
+    for (int b = 0; b < SIDE && equal; b++) d[b] = farthest(x + 32 * b, 32) / -8;
+    for (int b = 0; b < SIDE; b++) inverse[b] = d[b] == 0 ? 0 : 1 / d[b];
+    for (int b = 0; b < SIDE; b++, x += 32, to += 18) {
+        int32_t q[32];
+        put_half(to, d[b]);
+        for (int i = 0; i < 32; i++) {
+            const int32_t whole = (int32_t)(x[i] * inverse[b] + 8.5f);
+            q[i] = whole > 15 ? 15 : whole;
+        }
+        for (int i = 0; i < 16; i++) q[i] |= q[i + 16] << 4;
+        for (int i = 0; i < 16; i++) to[2 + i] = (uint8_t)q[i];
+    }
 }
 
 INLINE float within(float value, float least, float most) {
@@ -171,20 +208,27 @@ INLINE void quantize_q6_k(const float *x, uint8_t *to) {
     }
 }
 
+INLINE void quantize_256(int kind, const float *x, uint8_t *to) {
+    switch (kind) {
+    case Q8_0: quantize_q8_0(x, to); break;
+    case Q4_0: quantize_q4_0(x, to); break;
+    case Q4_K: quantize_q45_k(15, x, to); break;
+    case Q5_K: quantize_q45_k(31, x, to); break;
+    default: quantize_q6_k(x, to);
+    }
+}
+
 /* `count` weights, whole blocks, to their bytes. */
 void gguf_quantize(int kind, const float *x, int64_t count, uint8_t *to, int threads) {
-    const int64_t size = kind == Q8_0 || kind == Q4_0 ? 32 : SUPER, bytes = gguf_bytes(kind, size);
+    const int64_t bytes = gguf_bytes(kind, SUPER), whole = count / SUPER, rest = count % SUPER;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t block = 0; block < count / size; block++) {
-        const float *from = x + block * size;
-        uint8_t *own = to + block * bytes;
-        switch (kind) {
-        case Q8_0: quantize_q8_0(from, own); break;
-        case Q4_0: quantize_q4_0(from, own); break;
-        case Q4_K: quantize_q45_k(15, from, own); break;
-        case Q5_K: quantize_q45_k(31, from, own); break;
-        default: quantize_q6_k(from, own);
-        }
+    for (int64_t i = 0; i < whole; i++) quantize_256(kind, x + i * SUPER, to + i * bytes);
+    if (rest) {
+        float last[SUPER] = {0};
+        uint8_t made[SUPER * 2];
+        memcpy(last, x + whole * SUPER, 4 * rest);
+        quantize_256(kind, last, made);
+        memcpy(to + whole * bytes, made, gguf_bytes(kind, rest));
     }
 }
 
