@@ -4,7 +4,7 @@
 
 so that training starts at the base's outputs. Source: LoRA (arXiv 2106.09685), section 4.1; alpha / sqrt(r) with
 `use_rslora` from rsLoRA (arXiv 2312.03732). The wrapped projection may have any `Weight`. A and B are kept in
-float32 and applied in the activations' dtype, without a copy of the activations in float32.
+float32 and applied in the activations' dtype, or some tokens at a time in float32 where that is the faster way.
 
 `use_dora` trains the length of every row of the sum as well (DoRA, arXiv 2402.09353, equation 5):
 
@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from burnish.config import UserError, nearest
 from burnish.model.bundle import Context, Model
-from burnish.model.linear import Dense, Linear, Weight, by_tokens, is_flat
+from burnish.model.linear import ROUNDED_TOKENS, Dense, Linear, Weight, arithmetic, by_tokens, is_flat
 from burnish.model.network import Network
 from burnish.model.surgery import by_path, select
 from burnish.model.surgery import replace as put
@@ -69,29 +69,53 @@ class Config:
 
 
 class _Corrected(torch.autograd.Function):
-    """The sum over a frozen projection, in place, and its gradients without one for W.
+    """The sum over a frozen projection, in place, and its gradients without one for W; in `arithmetic(x)`.
 
     The thin products give (r, tokens), not (tokens, r): on a CPU up to 2.5 times as fast.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Linear, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-        a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        low = a @ x.t()
+        kind = arithmetic(x)
+        a, b, y = lora_A.to(kind), lora_B.to(kind), base(x)
+        low = x.new_empty(len(a), len(x), dtype=kind)
+        for part in _parts(x, kind):
+            low[:, part] = a @ x[part].to(kind).t()
+            _add(y[part], low[:, part].t(), b.t(), scaling)
         ctx.save_for_backward(x, low, a, b)
         ctx.base, ctx.scaling, ctx.dtypes = base, scaling, (lora_A.dtype, lora_B.dtype)
-        return base(x).addmm_(low.t(), b.t(), alpha=scaling)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, low, a, b = ctx.saved_tensors
-        grad_low = (b.t() @ grad.t()).mul_(ctx.scaling)  # (r, tokens)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = ctx.base.weight.matmul_transposed(grad).addmm_(grad_low.t(), a)
-        grad_b = (low @ grad).t().to(ctx.dtypes[1]).mul(ctx.scaling).contiguous()
-        return grad_x, None, (grad_low @ x).to(ctx.dtypes[0]), grad_b, None
+        grad_x = ctx.base.weight.matmul_transposed(grad) if ctx.needs_input_grad[0] else None
+        of_a, of_b = [], []
+        for part in _parts(x, a.dtype):
+            wide = grad[part].to(a.dtype)
+            grad_low = (b.t() @ wide.t()).mul_(ctx.scaling)  # (r, tokens)
+            of_a.append(grad_low @ x[part].to(a.dtype))
+            of_b.append(low[:, part] @ wide)
+            if grad_x is not None:
+                _add(grad_x[part], grad_low.t(), a, 1.0)
+        grad_a, grad_b = (sum(found[1:], found[0]) for found in (of_a, of_b))
+        grad_b = grad_b.t().to(ctx.dtypes[1]).mul(ctx.scaling).contiguous()
+        return grad_x, None, grad_a.to(ctx.dtypes[0]), grad_b, None
+
+
+def _parts(x: Tensor, kind: torch.dtype) -> list[slice]:
+    """All tokens of x, or where they are widened some at a time."""
+    step = len(x) if x.dtype == kind else ROUNDED_TOKENS
+    return [slice(first, first + step) for first in range(0, len(x), step or 1)]
+
+
+def _add(y: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """y += scale * left @ right, in place."""
+    if y.dtype == left.dtype:
+        y.addmm_(left, right, alpha=scale)
+    else:
+        y.add_(left @ right, alpha=scale)
 
 
 class LoRALinear(nn.Module):
