@@ -96,12 +96,12 @@ def exchanges_head(techniques: Sequence[TechniqueSpec] | TechniqueSpec) -> bool:
 
 
 def stored_anew(model: Model, techniques: Sequence[TechniqueSpec] | TechniqueSpec) -> set[str]:
-    """Paths of the projections whose weights a technique takes once, before any other, to store them in another form
-    (`STORES_ANEW`), so that they need not all be read together."""
+    """Paths of the projections whose weights a technique takes once to store them in another form (`STORES_ANEW`),
+    before any other that needs them all in memory, so that they need not be read together."""
     for name, config in parse_chain(techniques):
         if getattr(technique(name), "STORES_ANEW", False):
             return {path for path, _ in select(model.net, config.target_modules)}
-        if not getattr(technique(name), "NEW_HEAD", False):
+        if not (getattr(technique(name), "NEW_HEAD", False) or getattr(technique(name), "TAKES_UNREAD", False)):
             break
     return set()
 

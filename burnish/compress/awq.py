@@ -10,16 +10,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from burnish.compress import scaling
 from burnish.compress.grouped import Form
+from burnish.compress.scaling import Fold
 from burnish.model.bundle import Context, Model
 
 NAME = "awq"
 STEPS, TOKENS = 20, 512  # of a; of X
 
 CHANGES_BASE = True
+TAKES_UNREAD = True
 CALIBRATES = True
 
 
@@ -41,21 +44,19 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     for layer, calls in scaling.layers(model, context, config.nsamples, config.max_length, NAME):
         for fold in [*scaling.after_norms(layer, calls[0]), *scaling.after_projections(layer)]:
             x, mean, _ = scaling.inputs(layer, calls, fold, TOKENS)
-            fold.scale(best(fold.weight(), x, mean.clamp(min=1e-4), form))
+            fold.scale(best(fold, x, mean.clamp(min=1e-4), form))
     return config
 
 
-def best(weight: Tensor, x: Tensor, mean: Tensor, form: Form) -> Tensor:
-    """The factors (in,) for weight (out, in), x (tokens, in) and the inputs' mean magnitudes."""
-    least, chosen = float("inf"), mean
-    for step in range(STEPS):
-        factors = mean ** (step / STEPS)
-        factors = factors / (factors.max() * factors.min()).sqrt()
-        rounded = form.round(weight * factors).dequantize() / factors
-        error = float((x @ (rounded - weight).t()).square().sum())
-        if error < least:
-            least, chosen = error, factors
-    return chosen
+def best(fold: Fold, x: Tensor, mean: Tensor, form: Form) -> Tensor:
+    """The factors (in,) for a fold whose projections read x (tokens, in), of these mean magnitudes."""
+    tried = torch.stack([mean ** (step / STEPS) for step in range(STEPS)])
+    tried /= (tried.amax(1) * tried.amin(1)).sqrt()[:, None]
+    errors = torch.zeros(STEPS, device=x.device)
+    for part in fold.pieces():
+        for step, factors in enumerate(tried):
+            errors[step] += (x @ (form.rounded(part * factors) / factors - part).t()).square().sum()
+    return tried[errors.argmin()]
 
 
 def rebuild(model: Model, config: Config) -> None:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from burnish import world
+from burnish import device, world
 from burnish.config import UserError
 from burnish.model.attention import Attention
 from burnish.model.bundle import Context, Model
-from burnish.model.linear import Dense, Linear, Unread
+from burnish.model.linear import Linear, Unread
 from burnish.model.network import Network
 from burnish.model.transformer import MLP
 from burnish.native.products import MULTIPLIES_BFLOAT16
@@ -30,6 +30,7 @@ from burnish.native.products import MULTIPLIES_BFLOAT16
 TOKENS = 2048  # of a batch
 LONGEST = 1 << 20  # of a built-in sample, in documents
 KEPT = 1 << 28  # bytes of what one projection reads that may be kept
+PIECE, ROWS = 1 << 19, 128  # weights that are worked on together, and at least so many rows
 
 
 class Stop(Exception):
@@ -185,8 +186,10 @@ def feed(net: Network, batch: dict[str, Tensor]) -> Tensor:
 def in_turn(model: Model, data: Sequence[dict[str, Tensor]], technique: str) -> Iterator[tuple[nn.Module, list[Call]]]:
     """Every layer with its calls; when it is asked for the next one, those are run through the layer as it is then.
 
-    Weights that are still in their files are read when it is their layer's turn.
+    Weights that are still in their files are in memory for their layer's turn; those that have not been stored in
+    another form by its end are left again.
     """
+    device.return_large_blocks()
     net, first = model.net, list(model.net.layers)
     for stack in (first, [layer for layer in net.all_layers if layer not in first]):
         if not stack:
@@ -198,20 +201,35 @@ def in_turn(model: Model, data: Sequence[dict[str, Tensor]], technique: str) -> 
             states.append(Away(x, file))
             given.append(others)
         for index, layer in enumerate(stack):
-            read(layer)
+            hold(layer)
             file = scratch()  # the one before is gone when nothing waits in it
             calls = [Call(x, *others[index], file) for x, others in zip(states, given, strict=True)]
             yield layer, calls
             for call in calls:
                 call.away = Away(call.run(layer), file)
             states = [call.away for call in calls]
+            release(layer)
+            device.return_freed_memory()
 
 
-def read(layer: nn.Module) -> None:
-    """Bring the weights of a layer in that are still in their files."""
+def hold(layer: nn.Module) -> None:
+    """Bring the weights of a layer in that are in their files. No frame that stays refers to them: what is stored in
+    another form must be gone at once."""
     for module in layer.modules():
-        if isinstance(module, Linear) and isinstance(module.weight, Unread):
-            module.weight = Dense(nn.Parameter(module.weight.dequantize().clone(), requires_grad=False))
+        if isinstance(module, Unread):
+            module.hold()
+
+
+def release(layer: nn.Module) -> None:
+    """Leave the weights of a layer again that `hold` brought in, and that are still what they were."""
+    for module in layer.modules():
+        if isinstance(module, Unread):
+            module.release()
+
+
+def pieces(dense: Tensor) -> Iterator[Tensor]:
+    """dense (out, in) some rows at a time, in float32, so that what is made of them is small beside the matrix."""
+    return (part.float() for part in dense.detach().split(max(ROWS, PIECE // dense.shape[1])))
 
 
 def record(

@@ -28,7 +28,6 @@ from burnish.native import plane
 
 NAME = "gptq"
 BLOCK = 128  # inputs between two updates by a product
-PIECE, ROWS = 1 << 19, 128  # weights that are quantised together, and at least so many rows
 GRAM = 512  # columns of X^T X computed together
 TRIES = 4  # each with ten times the dampening
 
@@ -84,7 +83,6 @@ def apply(model: Model, config: Config, context: Context) -> Config:
         with model.device:
             rebuild(model, config)
         return config
-    device.return_large_blocks()
     data = calibration.batches(model, context, config.nsamples, config.max_length, NAME)
     left = {linear: path for path, linear in targets}
     with calibration.computing(model.net):
@@ -167,10 +165,7 @@ def permute(matrix: Tensor, order: Tensor) -> None:
 def quantise(dense: Tensor, factor: Tensor, order: Tensor, form: Form, static_groups: bool) -> tuple[Grouped, float]:
     """dense (out, in) as codes by `factorised`'s results, and the share of the calibrated outputs' power that is lost.
     Rows do not depend on each other: some are taken at a time."""
-    found = [
-        quantise_rows(part.detach().float(), factor, order, form, static_groups)
-        for part in dense.split(max(ROWS, PIECE // dense.shape[1]))
-    ]
+    found = [quantise_rows(part, factor, order, form, static_groups) for part in calibration.pieces(dense)]
     parts, power, lost = zip(*found, strict=True)
     whole = {name: torch.cat([part.get_parameter(name) for part in parts]) for name, _ in parts[0].named_parameters()}
     if form.ordered:

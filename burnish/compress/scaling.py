@@ -29,19 +29,18 @@ class Fold:
     source: Norm | Linear
     readers: list[Linear]
 
-    def weight(self) -> Tensor:
-        """The readers' weights below each other, (outputs, in) float32."""
-        return torch.cat([reader.weight.dequantize().float() for reader in self.readers])
+    def pieces(self) -> Iterator[Tensor]:
+        """The readers' weights one after the other, some rows (rows, in) float32 at a time."""
+        return (part for reader in self.readers for part in calibration.pieces(reader.weight.dequantize()))
 
     @torch.no_grad()
     def scale(self, factors: Tensor) -> None:
         """Multiply the readers' weights of each input by factors (in,), and divide what the source gives by them."""
         for reader in self.readers:
-            dense = reader.weight.dequantize()
-            dense.copy_(dense.float() * factors)
+            reader.weight.multiply(factors, 1)  # type: ignore[operator]
         given = self.source.weight
         if isinstance(given, Dense):
-            given.dense.copy_(given.dense.float() / factors[:, None])
+            given.multiply(1 / factors, 0)
         else:
             one = 1.0 if isinstance(self.source, CentredNorm) else 0.0
             given.copy_((given.float() + one) / factors - one)  # type: ignore[operator, union-attr]

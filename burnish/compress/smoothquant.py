@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from burnish.compress import scaling
 from burnish.config import UserError
 from burnish.model.bundle import Context, Model
@@ -17,6 +19,7 @@ from burnish.model.bundle import Context, Model
 NAME = "smoothquant"
 
 CHANGES_BASE = True
+TAKES_UNREAD = True
 CALIBRATES = True
 
 
@@ -36,7 +39,7 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     for layer, calls in scaling.layers(model, context, config.nsamples, config.max_length, NAME):
         for fold in scaling.after_norms(layer, calls[0]):
             _, _, largest = scaling.inputs(layer, calls, fold, 1)
-            weights = fold.weight().abs().amax(0).clamp(min=1e-5)
+            weights = torch.stack([part.abs().amax(0) for part in fold.pieces()]).amax(0).clamp(min=1e-5)
             fold.scale((largest.clamp(min=1e-5) ** config.alpha / weights ** (1 - config.alpha)).clamp(min=1e-5))
     return config
 

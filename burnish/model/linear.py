@@ -243,6 +243,11 @@ class Dense(Weight):
     def dequantize(self) -> Tensor:
         return self.dense
 
+    @torch.no_grad()
+    def multiply(self, factors: Tensor, dim: int) -> None:
+        """Multiply the rows (dim 0, factors (out,)) or the columns (dim 1, factors (in,)), in place."""
+        multiply(self.dense, factors, dim)
+
     @property
     def in_pieces(self) -> bool:
         return self.dense.dtype != torch.float32  # which is multiplied as it lies
@@ -260,23 +265,54 @@ class Dense(Weight):
         return Dense(nn.Parameter(take(self.dequantize().detach(), dim, spans), self.dense.requires_grad))
 
 
-class Unread(Dense):
-    """A matrix that is still in its file; `dequantize` reads it, where the next one's may overwrite it."""
+def multiply(dense: Tensor, factors: Tensor, dim: int) -> None:
+    """`Dense.multiply` of dense (out, in), some rows at a time, each product in float32 at least."""
+    by_row = factors[:, None] if dim == 0 else factors.expand(len(dense), -1)
+    for part, by in zip(dense.split(ROUNDED_TOKENS), by_row.split(ROUNDED_TOKENS), strict=True):
+        part.mul_(by)
 
-    in_pieces = False  # type: ignore[assignment]
+
+class Unread(Dense):
+    """A matrix that is still in its file; `dequantize` reads it, where the next one's may overwrite it. From `hold` to
+    `release` it is in memory. What it has been multiplied by is kept, and done again to what is read."""
 
     def __init__(self, dense: Tensor, read: Callable[[], Tensor]):
         super().__init__(nn.Parameter(dense, requires_grad=False))
         self.read = read
+        self.multiplied: list[tuple[Tensor, int]] = []
+
+    @property
+    def held(self) -> bool:
+        return not self.dense.is_meta
+
+    def hold(self) -> None:
+        self.dense = nn.Parameter(self.dequantize().clone(), requires_grad=False)
+
+    def release(self) -> None:
+        self.dense = nn.Parameter(torch.empty_like(self.dense, device="meta"), requires_grad=False)
+
+    def multiply(self, factors: Tensor, dim: int) -> None:
+        self.multiplied.append((factors, dim))
+        if self.held:
+            super().multiply(factors, dim)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return Weight.matmul(self, x, bias)
+        return super().matmul(x, bias) if self.held else Weight.matmul(self, x, bias)
 
     def dequantize(self) -> Tensor:
-        return self.read()
+        if self.held:
+            return self.dense
+        dense = self.read()
+        for factors, dim in self.multiplied:
+            multiply(dense, factors, dim)
+        return dense
 
-    def as_stored(self) -> None:
-        return None
+    @property
+    def in_pieces(self) -> bool:
+        return self.held
+
+    def as_stored(self) -> tuple[int, products.Stored] | None:
+        return super().as_stored() if self.held else None
 
 
 class Linear(nn.Module):
