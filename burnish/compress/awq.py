@@ -9,17 +9,18 @@ authors' code. It changes dense weights only: what stores them follows, as in `[
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from burnish.compress import scaling
+from burnish.compress import calibration, scaling
 from burnish.compress.grouped import Form
-from burnish.compress.scaling import Fold
+from burnish.compress.scaling import Fold, Inputs
 from burnish.model.bundle import Context, Model
 
 NAME = "awq"
-STEPS, TOKENS = 20, 512  # of a; of X
+STEPS = 20  # of a
 
 CHANGES_BASE = True
 TAKES_UNREAD = True
@@ -41,15 +42,21 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     """Scale what a norm or another projection gives to projections. Raises UserError where that cannot be."""
     form = Form(config.bits, config.group_size, config.sym)
     form.check(NAME)
-    for layer, calls in scaling.layers(model, context, config.nsamples, config.max_length, NAME):
-        for fold in [*scaling.after_norms(layer, calls[0]), *scaling.after_projections(layer)]:
-            x, mean, _ = scaling.inputs(layer, calls, fold, TOKENS)
-            fold.scale(best(fold, x, mean.clamp(min=1e-4), form))
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return x @ form.rounded(weight).t()
+
+    scaling.scale(model, config, context, NAME, folds, partial(best, form), product)
     return config
 
 
-def best(fold: Fold, x: Tensor, mean: Tensor, form: Form) -> Tensor:
-    """The factors (in,) for a fold whose projections read x (tokens, in), of these mean magnitudes."""
+def folds(layer: nn.Module, call: calibration.Call) -> list[Fold]:
+    return [*scaling.after_norms(layer, call), *scaling.after_projections(layer)]
+
+
+def best(form: Form, fold: Fold, seen: Inputs) -> Tensor:
+    """The factors (in,) of the a with the least error."""
+    x, mean = seen.x, seen.mean.clamp(min=1e-4)
     tried = torch.stack([mean ** (step / STEPS) for step in range(STEPS)])
     tried /= (tried.amax(1) * tried.amin(1)).sqrt()[:, None]
     errors = torch.zeros(STEPS, device=x.device)

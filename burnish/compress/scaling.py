@@ -5,9 +5,9 @@ What a projection reads comes from a norm, or linearly from another projection: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,23 @@ from torch import Tensor, nn
 from burnish.compress import calibration
 from burnish.config import UserError
 from burnish.model.attention import Attention
-from burnish.model.bundle import Model
+from burnish.model.bundle import Context, Model
 from burnish.model.linear import Dense, Linear
 from burnish.model.norm import CentredNorm, Norm
 from burnish.model.surgery import linears
 from burnish.model.transformer import MLP, Transformer
+
+TOKENS = 512  # of a fold's inputs that are kept
+
+
+class Calibrated(Protocol):
+    """The fields of a technique's config that tell how much text is read."""
+
+    @property
+    def nsamples(self) -> int: ...
+
+    @property
+    def max_length(self) -> int: ...
 
 
 @dataclass
@@ -107,23 +119,73 @@ def after_projections(layer: nn.Module) -> list[Fold]:
     return found
 
 
-def inputs(layer: nn.Module, calls: Sequence[calibration.Call], fold: Fold, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Some tokens (at most `most`, in) of what a fold's projections read, and each input's mean and largest size."""
+@dataclass
+class Inputs:
+    """What a fold's projections read: `x` some of the tokens (at most TOKENS, in), and of all tokens the `mean` and the
+    `largest` magnitude of each input (in,)."""
+
+    x: Tensor
+    mean: Tensor
+    largest: Tensor
+
+
+def inputs(layer: nn.Module, calls: Sequence[calibration.Call], fold: Fold) -> Inputs:
     kept, total, largest, count = [], torch.zeros(()), torch.zeros(()), 0
     for x in calibration.inputs(layer, calls, fold.readers[0]):
         wide = x.float()
         size = wide.abs()
         total, largest, count = total + size.sum(0), torch.maximum(largest, size.amax(0)), count + len(x)
-        kept.append(wide[:: max(1, len(x) * len(calls) // most)])
-    return torch.cat(kept)[:most], total / count, largest
+        kept.append(wide[:: max(1, len(x) * len(calls) // TOKENS)])
+    return Inputs(torch.cat(kept)[:TOKENS], total / count, largest)
 
 
-def layers(
-    model: Model, context: Any, nsamples: int, max_length: int, technique: str
-) -> Iterator[tuple[nn.Module, Any]]:
-    """Every layer with its calls, as `calibration.in_turn`; none without memory."""
+def scale(
+    model: Model,
+    config: Calibrated,
+    context: Context,
+    technique: str,
+    folds: Callable[[nn.Module, calibration.Call], list[Fold]],
+    factors: Callable[[Fold, Inputs], Tensor],
+    product: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Scale the `folds` that are found in each layer by their `factors`, layer by layer, on what the scaled ones before
+    it give; nothing without memory. Each reader's error is that of `product`, x (tokens, in) by w (out, in) rounded.
+
+    Raises UserError as `check` does, for data that is too short, and for activations that are not finite.
+    """
     check(model, technique)
-    if model.device.type != "meta":
-        data = calibration.batches(model, context, nsamples, max_length, technique)
-        with calibration.computing(model.net):
-            yield from calibration.in_turn(model, data, technique)
+    if model.device.type == "meta":
+        return
+    data = calibration.batches(model, context, config.nsamples, config.max_length, technique)
+    paths = {linear: path for path, linear in linears(model.net)}
+    with calibration.computing(model.net):
+        for done, (layer, calls) in enumerate(calibration.in_turn(model, data, technique), 1):
+            for fold in folds(layer, calls[0]):
+                seen = inputs(layer, calls, fold)
+                if not seen.mean.isfinite().all():
+                    raise UserError(
+                        f"technique '{technique}': the activations that {paths[fold.readers[0]]} reads are not finite; "
+                        "run the model in bf16"
+                    )
+                before = errors(fold, seen.x, product) if context.errors else []
+                chosen = factors(fold, seen)
+                fold.scale(chosen)
+                for call in calls:
+                    call.kept.clear()  # what a reader read before
+                after = errors(fold, seen.x / chosen, product) if context.errors else []
+                for reader, old, new in zip(fold.readers, before, after, strict=False):
+                    told = {"technique": technique, "scaled": paths[reader], "before": old, "error": new}
+                    context.report({**told, "done": done, "of": len(model.net.all_layers)})
+
+
+def errors(fold: Fold, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
+    """Of each reader the share of its outputs' power, for inputs x (tokens, in), that is lost in `product`."""
+    found = []
+    for reader in fold.readers:
+        power = lost = 0.0
+        for part in calibration.pieces(reader.weight.dequantize()):
+            wanted = x @ part.t()
+            power += float(wanted.square().sum())
+            lost += float((product(x, part) - wanted).square().sum())
+        found.append(lost / max(power, 1e-30))
+    return found

@@ -9,6 +9,7 @@ import torch
 from burnish import chain
 from burnish.chain import Context, forward
 from burnish.compress import calibration, scaling
+from burnish.compress.grouped import Form
 from burnish.config import UserError
 from burnish.model.linear import Unread
 from burnish.model.surgery import linears
@@ -102,9 +103,50 @@ def test_smoothquant_levels_activations_and_weights(root):
     with calibration.computing(model.net):
         for layer, calls in calibration.in_turn(model, DATA, "smoothquant"):
             for fold in scaling.after_norms(layer, calls[0]):
-                _, _, largest = scaling.inputs(layer, calls, fold, 1)
                 weights = torch.cat([*fold.pieces()]).abs().amax(0)
-                torch.testing.assert_close(largest, weights, atol=1e-4, rtol=1e-3)
+                torch.testing.assert_close(scaling.inputs(layer, calls, fold).largest, weights, atol=1e-4, rtol=1e-3)
+
+
+def plainly(technique: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The product of x and the weight as the technique's errors are meant."""
+    if technique == "awq":
+        return x @ Form(3, 16).round(weight).dequantize().t()
+    (p, a), (q, b) = ((torch.round(127 * m / m.abs().amax(1, True)), m.abs().amax(1, True)) for m in (x, weight))
+    return (p @ q.t()) * a * b.t() / 127**2
+
+
+@pytest.mark.parametrize(("technique", "options"), [("awq", {"bits": 3, "group_size": 16}), ("smoothquant", {})])
+def test_errors_are_what_rounding_loses_of_the_outputs_before_and_after(root, technique, options):
+    plain, model, told = outliers(root, "llama"), outliers(root, "llama"), []
+    chain.apply(model, {technique: options}, Context(DATA, report=told.append, errors=True))
+    found = {record["scaled"]: record for record in told}
+    assert len(found) == len(told) == (12 if technique == "awq" else 10)
+    assert [(told[n]["done"], told[n]["of"]) for n in (0, -1)] == [(1, 2), (2, 2)]
+    for net, key in ((plain.net, "before"), (model.net, "error")):
+        read: dict[str, torch.Tensor] = {}
+        paths = [path for path, _ in linears(net) if path in found]
+        if technique == "awq" and net is model.net:  # whose rows are scaled once more, by what reads them
+            paths = [path for path in paths if not path.endswith("up_proj")]
+        for path in paths:
+            net.get_submodule(path).register_forward_pre_hook(
+                lambda _, args, read=read, path=path: read.__setitem__(path, args[0])
+            )
+        with torch.no_grad():
+            calibration.feed(net, DATA[0])
+        for path in paths:
+            x, weight = read[path], net.get_submodule(path).weight.dequantize().detach()
+            want = x @ weight.t()
+            lost = (plainly(technique, x, weight) - want).square().sum() / want.square().sum()
+            assert found[path][key] == pytest.approx(float(lost), rel=0.01), (path, key)
+    before, after = (sum(record[key] for record in told) for key in ("before", "error"))
+    assert after < 0.9 * before
+
+
+def test_no_errors_where_nobody_asks(root, monkeypatch):
+    monkeypatch.setattr(scaling, "errors", None)
+    told: list[dict] = []
+    chain.apply(load(tiny.folder(root, "llama")), ["awq", "smoothquant"], Context(DATA, report=told.append))
+    assert not told
 
 
 def test_which_projections_read_what(root):
@@ -134,5 +176,12 @@ def test_bad_input(root):
         chain.apply(model, ["awq"], Context(DATA))
     with pytest.raises(UserError, match="alpha is 2.0; give a number from 0 to 1"):
         chain.apply(load(tiny.folder(root, "llama")), {"smoothquant": {"alpha": 2.0}}, Context(DATA))
+    spoilt = load(tiny.folder(root, "llama"))
+    with torch.no_grad():
+        spoilt.net.layers[1].input_layernorm.weight[3] = float("nan")
+    with pytest.raises(
+        UserError, match=r"'awq': the activations that layers\.1\.self_attn\.q_proj reads are not finite"
+    ):
+        chain.apply(spoilt, ["awq"], Context(DATA))
     with pytest.raises(UserError, match="'awq': bits is 7"):
         chain.apply(load(tiny.folder(root, "llama")), {"awq": {"bits": 7}}, Context(DATA))

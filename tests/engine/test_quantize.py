@@ -81,6 +81,29 @@ def test_each_projections_error_is_told_and_kept(root, tmp_path, capsys, method,
         assert 0 < lost < 0.05 and error == pytest.approx(lost, rel=1 if method == "gptq" else 1e-4)
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_so_are_the_errors_of_scaling_before_and_after(root, tmp_path, capsys, as_json):
+    """Of what reads a norm, or linearly a projection, in its turn, and once more when it is stored."""
+    options, out = "{nsamples: 4, max_length: 16}", tmp_path / "out"
+    chosen = f"[{{smoothquant: {options}}}, {{awq: {options}}}, {{int_groups: {{group_size: 16}}}}]"
+    words = ["quantize", str(tiny.folder(root, "llama")), "--techniques", chosen, "--output-dir", str(out)]
+    assert main([*words, *(["--json"] if as_json else [])]) == 0
+    told, proof = capsys.readouterr(), json.loads((out / "proof.json").read_text())
+    scaled = proof["scaled"]
+    assert [len(scaled[name]) for name in ("smoothquant", "awq")] == [10, 12] and len(proof["errors"]) == 14
+    if as_json:
+        *records, total = map(json.loads, told.out.splitlines())
+        assert total["scaled"] == scaled
+        assert [r["technique"] for r in records if "scaled" in r] == ["smoothquant"] * 10 + ["awq"] * 12
+        return
+    shown = []
+    for name, own in scaled.items():
+        for path, (before, after) in own.items():
+            layer = int(path.split(".")[1]) + 1
+            shown.append(f"{name}, layer {layer}/2  {path}  error {100 * before:.3g}% -> {100 * after:.3g}%")
+    assert told.err.splitlines()[-36:-14] == shown
+
+
 def test_errors_of_matrices_that_are_taken_in_parts(monkeypatch):
     dense = torch.randn(600, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     for made in (Int8.quantize(dense), NF4.quantize(dense), Form(4, 32).round(dense), Form(3, 32).round(dense)):

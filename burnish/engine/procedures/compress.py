@@ -77,7 +77,8 @@ def run(config: QuantizeConfig) -> int:
         before = size(model)
         errors: dict[str, float | None] = {}
         made = Made(calibrations(config, links))
-        report = printer(config.json, len(takers(model, links)), errors)
+        scaled: dict[str, dict[str, tuple[float, float]]] = {}
+        report = printer(config.json, len(takers(model, links)), errors, scaled)
         context = Context(examples=examples(model, config.data), report=report, errors=True)
         if config.target_size:
             links[name] = mixed(model, config, links, name, context)
@@ -89,7 +90,7 @@ def run(config: QuantizeConfig) -> int:
         save(model, place)
         after = size(model)
         made.lines.append(f"{before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB ({after / before:.0%})")
-        made.figures |= {"before": before, "after": after, "errors": errors}
+        made.figures |= {"before": before, "after": after, "errors": errors, **({"scaled": scaled} if scaled else {})}
         return made
 
     return proven(source, write, config.output_dir, config)
@@ -186,18 +187,29 @@ def examples(model: Model, data: str) -> list[Any]:
     return encode_rows(read_rows(data), model.tokenizer, LONGEST, "all", data) if data else []
 
 
-def printer(as_json: bool, total: int, errors: dict[str, float | None]) -> Any:
-    """What prints a record of the scan, or of one of `total` projections, whose error goes into `errors`: JSON, or a
-    line on the error stream."""
+def printer(
+    as_json: bool,
+    total: int,
+    errors: dict[str, float | None],
+    scaled: dict[str, dict[str, tuple[float, float]]],
+) -> Any:
+    """What prints a record of the scan, of a projection that is scaled, whose errors before and after go into `scaled`
+    by technique and path, or of one of `total` that are stored, whose error goes into `errors`: JSON, or a line on the
+    error stream."""
 
     def show(record: dict[str, Any]) -> None:
         if "layer" in record:
             errors[record["layer"]] = record["error"]
+        if "scaled" in record:
+            scaled.setdefault(record["technique"], {})[record["scaled"]] = record["before"], record["error"]
         if as_json:
             print(json.dumps(record), flush=True)
             return
         if "scanned" in record:
             line = f"scan of what each projection's bits cost: {record['scanned']} of {record['of']} tokens"
+        elif "scaled" in record:
+            line = f"{record['technique']}, layer {record['done']}/{record['of']}  {record['scaled']}  "
+            line += f"error {100 * record['before']:.3g}% -> {100 * record['error']:.3g}%"
         else:
             error = record["error"]
             told = "rounded: no token reached it" if error is None else f"error {100 * error:.3g}%"
