@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -91,24 +92,24 @@ class Report:
     embeddings: float
     head: float
 
-    def lines(self, limit: float) -> list[str]:
-        """What is shown; the last is a warning where `limit` is passed."""
+    def lines(self) -> list[str]:
+        """What is shown, without the warning."""
         before, after = self.perplexity
-        found = [f"proof: KL {self.kl:.2g} nats a token (worst {self.worst_kl:.2g}), same likeliest token "
-                 f"{self.agreement:.1%}, perplexity {before:.4g} -> {after:.4g}"]  # fmt: skip
-        if self.beyond(limit):
-            named = ", ".join(f"{part} (+{added:.1%})" for part, added in self.worst()) or "none by itself"
-            found.append(f"warning: KL is beyond {limit:g}: the result differs from the model; worst parts: {named}")
-        return found
+        return [f"proof: KL {self.kl:.2g} nats a token (worst {self.worst_kl:.2g}), same likeliest token "
+                f"{self.agreement:.1%}, perplexity {before:.4g} -> {after:.4g}"]  # fmt: skip
+
+    def warning(self, limit: float) -> str:
+        """What is said where `limit` is passed, "" where it is not."""
+        if self.kl <= limit:  # what is no number is beyond
+            return ""
+        named = ", ".join(f"{part} (+{added:.1%})" for part, added in self.worst()) or "none by itself"
+        return f"warning: KL is beyond {limit:g}: the result differs from the model; worst parts: {named}"
 
     def worst(self) -> list[tuple[str, float]]:
         """The layers, embeddings or head that add most to the error, and how much; what is no number is most."""
         parts = {EMBEDDINGS: self.embeddings, **{path: added for path, (_, added) in self.layers.items()}}
         found = [(part, added) for part, added in {**parts, "head": self.head}.items() if not added < LEAST]
         return sorted(found, key=lambda item: -math.inf if math.isnan(item[1]) else -item[1])[:WORST]
-
-    def beyond(self, limit: float) -> bool:
-        return not self.kl <= limit  # what is no number is beyond
 
 
 @dataclass
@@ -206,7 +207,7 @@ def proven(
     source: Callable[[], Model], write: Callable[[Model, Path], Made], output: Path, options: ProofOptions
 ) -> int:
     """Let `write` put what it makes of the model of `source` under a name beside `output`; read it back, compare, give
-    it the name `output`, and print what `write` says and the proof; 0.
+    it the name `output`, and print what `write` says and the proof, a warning on the error stream; 0.
 
     A folder gets figures and report as `proof.json`, all lines as a card, `README.md`. Raises UserError where `strict`
     is asked for and the proof warns, or there is none; then, and whenever something fails, nothing is left of what was
@@ -218,7 +219,7 @@ def proven(
         raise UserError(f"{output}: is there already, and not empty; choose another name")
     texts = TEXTS if options.prompt_file is None else lines_of(options.prompt_file)
     device.return_large_blocks()
-    model, report = source(), None
+    model, report, warning = source(), None, ""
     why_none = unprovable(model) if options.proof else ""
     if why_none and options.strict:
         raise UserError(f"strict: nothing is written; no proof: {why_none}")
@@ -240,20 +241,27 @@ def proven(
             result = load(partial)
             device.return_freed_memory()
             report = compared(before, result, texts)
-            made.lines += report.lines(options.max_kl)
-            if options.strict and report.beyond(options.max_kl):
-                raise UserError(f"strict: nothing is written; {made.lines[-1]}")
+            made.lines += report.lines()
+            warning = report.warning(options.max_kl)
+            if options.strict and warning:
+                raise UserError(f"strict: nothing is written; {warning}")
+            if warning:
+                made.figures["warning"] = warning
         if partial.is_dir():
             if options.proof:
                 write_json({**made.figures, **(asdict(report) if report else {})}, partial / "proof.json")
             card = [f"# {output.name}", f"Made by burnish {__version__} of `{name}` ({identity}).", f"Applied: {links}"]
-            (partial / "README.md").write_text("\n\n".join([*card, *made.lines]) + "\n", encoding="utf-8")
+            (partial / "README.md").write_text(
+                "\n\n".join([*card, *made.lines, *filter(None, [warning])]) + "\n", encoding="utf-8"
+            )
         if output.is_dir():
             output.rmdir()
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         partial.unlink(missing_ok=True)
+    if warning:
+        print(warning, file=sys.stderr)
     if options.json:
         print(json.dumps({**made.figures, "output": str(output), "proof": report and asdict(report)}))
     else:

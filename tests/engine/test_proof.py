@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -54,11 +56,17 @@ def test_a_broken_layer_is_named_and_strict_refuses(root, tmp_path, capsys):
 
     options = ProofOptions(max_kl=0.001)
     assert proven(lambda: load(folder), broken, out, options) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "worst parts: layers.1 (+" in lines[2] and lines[3] == f"saved to {out}"
-    card = (out / "README.md").read_text()
-    assert card.startswith("# out\n") and lines[2] in card and load(folder).identity in card
-    assert json.loads((out / "proof.json").read_text())["kl"] > 0.001 and load(out)
+    shown = capsys.readouterr()
+    assert "worst parts: layers.1 (+" in shown.err and "warning" not in shown.out
+    assert shown.out.endswith(f"\nsaved to {out}\n")
+    card, warning = (out / "README.md").read_text(), shown.err.splitlines()[-1]
+    assert card.startswith("# out\n") and card.endswith(f"\n{warning}\n") and load(folder).identity in card
+    kept = json.loads((out / "proof.json").read_text())
+    assert kept["kl"] > 0.001 and kept["warning"] == warning and load(out)
+    assert proven(lambda: load(folder), broken, tmp_path / "json", replace(options, json=True)) == 0
+    shown = capsys.readouterr()
+    assert shown.err == f"{warning}\n" and json.loads(shown.out)["warning"] == warning
+    shutil.rmtree(tmp_path / "json")
     with pytest.raises(UserError, match="strict: nothing is written; warning: KL is beyond 0.001"):
         proven(lambda: load(folder), broken, tmp_path / "other", ProofOptions(max_kl=0.001, strict=True))
     with pytest.raises(ZeroDivisionError):
@@ -88,7 +96,7 @@ def test_a_broken_head_or_embedding_is_named(root, family, head, part):
         assert error == (pytest.approx(4, rel=0.3) if tied or name == part else 0)
     (first, added), *others = report.worst()
     assert first in (found if tied else (part,)) and added > 3 and all(more < 0.5 for name, more in others[tied:])
-    assert f"the result differs from the model; worst parts: {first} (+" in report.lines(0)[1]
+    assert f"the result differs from the model; worst parts: {first} (+" in report.warning(0)
 
 
 def test_numbers_that_are_none_are_beyond(root):
@@ -97,7 +105,7 @@ def test_numbers_that_are_none_are_beyond(root):
     with torch.no_grad():
         model.net.norm.weight.fill_(math.nan)
     report = compared(before, model, TEXTS)
-    assert report.beyond(1e9) and report.lines(1.0)[1].endswith("worst parts: none by itself")
+    assert report.warning(1e9).endswith("worst parts: none by itself")
     with torch.no_grad():
         model.net.layers[1].mlp.down_proj.weight.dense.fill_(math.nan)
     assert compared(before, model, TEXTS).worst()[0][0] == "layers.1"
@@ -106,8 +114,8 @@ def test_numbers_that_are_none_are_beyond(root):
 def test_quantize_and_merge_show_their_proof(root, tmp_path, capsys):
     folder = str(tiny.folder(root, "llama"))
     assert main(["quantize", folder, "--method", "int8", "--output-dir", str(tmp_path / "small")]) == 0
-    shown = capsys.readouterr().out
-    assert "proof: KL" in shown and "warning" not in shown
+    shown = capsys.readouterr()
+    assert "proof: KL" in shown.out and "warning" not in shown.err
     model = chain.apply(load(folder), [{"lora": {"r": 2}}])
     with torch.no_grad():
         for name, parameter in model.net.named_parameters():
