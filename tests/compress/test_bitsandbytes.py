@@ -48,13 +48,20 @@ def test_tables_are_bitsandbytes():
 
 
 @pytest.mark.parametrize("kind", ["normal", "outliers", "zeros", "constant"])
+@pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_fp4(shape, kind):
-    """Values; the order of bitsandbytes' codes is another."""
+def test_fp4(shape, double, kind):
+    """Values; the order of bitsandbytes' codes is another. With its constants' codes, where two levels are as near."""
     x = matrix(*shape, kind)
-    packed, state = bnb.quantize_4bit(x, blocksize=64, quant_type="fp4")
+    packed, state = bnb.quantize_4bit(x, blocksize=64, compress_statistics=double, quant_type="fp4")
+    weight = FP4.quantize(x, double)
+    if double:
+        assert_same(weight.absmax2, state.state2.absmax)
+        assert_same(weight.offset, state.offset)
+        assert_codes_as_near(weight, x, state.absmax.view(-1))
+        weight = FP4(shape, {**weight.tensors(), "absmax": state.absmax.view(-1)})
     state.shape = torch.Size((1, x.numel()))
-    assert_same(FP4.quantize(x, False).dequantize(), bnb.dequantize_4bit(packed, state).view(shape))
+    assert_same(weight.dequantize(), bnb.dequantize_4bit(packed, state).view(shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -83,7 +90,7 @@ def assert_same(left: torch.Tensor, right: torch.Tensor) -> None:
     torch.testing.assert_close(left.detach(), right, atol=1e-37, rtol=0)
 
 
-def assert_codes_as_near(weight: NF4, x: torch.Tensor, theirs: torch.Tensor) -> None:
+def assert_codes_as_near(weight: four_bit.FourBit, x: torch.Tensor, theirs: torch.Tensor) -> None:
     """The constants' codes are bitsandbytes', but where its CPU kernel, which looks levels up in bins, takes the
     farther of two levels; and where all constants of a group are equal and no code counts."""
     absmax = four_bit.blocks(x.float(), 64).abs().amax(1)

@@ -56,7 +56,7 @@ def by_the_paper(dense: torch.Tensor, gram: torch.Tensor, config: gptq.Config) -
 
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("group_size", [32, -1, 128])
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("desc_act", [True, False])
 @pytest.mark.parametrize("static", [True, False])
 def test_codes_are_those_of_the_papers_algorithm(monkeypatch, kernel, group_size, bits, desc_act, static):
@@ -66,7 +66,7 @@ def test_codes_are_those_of_the_papers_algorithm(monkeypatch, kernel, group_size
         monkeypatch.setattr(plane, "library", lambda: None)
     x, dense = correlated(400, 100), torch.randn(40, 100, generator=draw(3))
     monkeypatch.setattr(gptq, "gram_matrix", lambda *_: x.t() @ x)
-    config = gptq.Config(bits, group_size, bits == 4, desc_act, static)
+    config = gptq.Config(bits, group_size, bits in (4, 8), desc_act, static)
     factor, order = gptq.factorised(None, [], None, config, "")  # type: ignore[arg-type]
     weight, error = gptq.quantise(dense, factor, order, config.form(""), static)
     got, want = weight.dequantize(), by_the_paper(dense, x.t() @ x, config).float()

@@ -88,6 +88,31 @@ def test_matrices_stay_blocks(wide, tmp_path, kind, monkeypatch):
         assert max(expanded, default=0) <= 512
 
 
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_floats_have_the_gguf_packages_bytes(tmp_path, kind, dtype):
+    """Ties between two numbers, subnormal and large ones among them."""
+    package, reader = pytest.importorskip("gguf.quants"), pytest.importorskip("gguf").GGUFReader
+    draw, kept = torch.Generator().manual_seed(0), {}
+    model = load(checkpoint(tmp_path / "folder", "qwen3"), dtype)
+    for layer, part in enumerate(model.net.layers):
+        dense = part.mlp.down_proj.weight.dense
+        with torch.no_grad():
+            dense.copy_(
+                torch.randn(dense.shape, generator=draw) * 10.0 ** torch.randint(-9, 4, dense.shape, generator=draw)
+            )
+            dense[0, :8] = torch.tensor(
+                [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 2**-24, 3 * 2**-25, -0.0, 65280.0]
+            )
+        kept[f"blk.{layer}.ffn_down.weight"] = dense.detach().float()
+    write(model, tmp_path / "m.gguf", kind)
+    found = {tensor.name: tensor for tensor in reader(tmp_path / "m.gguf").tensors}
+    for name, dense in kept.items():
+        want = package.quantize(dense.numpy(), found[name].tensor_type)
+        assert found[name].tensor_type.name.lower() == kind
+        assert bytes(found[name].data) == want.tobytes(), name
+
+
 def test_written_again_nothing_changes(wide, tmp_path):
     _, model = exported(wide, tmp_path / "one.gguf", "q4_k")
     write(model, tmp_path / "two.gguf", "q4_k")
