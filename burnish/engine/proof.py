@@ -242,6 +242,14 @@ def proven(
             device.return_freed_memory()
             report = compared(before, result, texts)
             made.lines += report.lines()
+            words = before.logs.shape[1]
+            if options.prompt_file is None and report.perplexity[0] > words:
+                note = (
+                    f"a perplexity above the vocabulary's {words} tokens: the model knows nothing like the built-in "
+                    "texts, and the proof says little; give texts of its own kind, one a line, with --prompt-file"
+                )
+                made.lines.append(f"note: {note}")
+                made.figures["note"] = note
             warning = report.warning(options.max_kl)
             if options.strict and warning:
                 raise UserError(f"strict: nothing is written; {warning}")

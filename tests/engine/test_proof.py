@@ -6,13 +6,14 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import tiny
 import tiny_foreign
 import torch
 
-from burnish import chain
+from burnish import chain, world
 from burnish.cli import main
 from burnish.config import UserError
 from burnish.engine.proof import TEXTS, Made, ProofOptions, compared, proven, said
@@ -127,6 +128,23 @@ def test_quantize_and_merge_show_their_proof(root, tmp_path, capsys):
     assert abs(kl) < 1e-3 and "same likeliest token" in capsys.readouterr().out
     assert main(["merge", str(tmp_path / "tuned"), "--output-dir", str(tmp_path / "bare"), "--proof", "false"]) == 0
     assert "proof" not in capsys.readouterr().out and not (tmp_path / "bare" / "proof.json").exists()
+
+
+def test_a_model_that_knows_nothing_like_the_built_in_texts_says_so(tmp_path, capsys):
+    """As pebble; on texts of its world it does not."""
+    out, texts = tmp_path / "small", tmp_path / "texts"
+    words = ["quantize", "pebble", "--method", "int8", "--output-dir", str(out)]
+    assert main(words) == 0
+    note = "a perplexity above the vocabulary's 4096 tokens: the model knows nothing like the built-in texts"
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"note: {note}")]
+    assert note in (out / "README.md").read_text()
+    assert json.loads((out / "proof.json").read_text())["note"].startswith(note)
+    told = (" ".join(document["text"].split()) for document in islice(world.documents(), 99) if "text" in document)
+    texts.write_text("\n".join(told))
+    assert main([*words[:-1], str(tmp_path / "other"), "--prompt-file", str(texts)]) == 0
+    assert "note:" not in capsys.readouterr().out
+    figures = json.loads((tmp_path / "other" / "proof.json").read_text())
+    assert "note" not in figures and figures["perplexity"][0] < 100
 
 
 def test_no_proof_says_so_and_strict_refuses(root, tmp_path, capsys):
