@@ -107,7 +107,12 @@ def stored_anew(model: Model, techniques: Sequence[TechniqueSpec] | TechniqueSpe
 
 
 def apply(model: Model, techniques: Sequence[TechniqueSpec] | TechniqueSpec, context: Context | None = None) -> Model:
-    """Freeze the model (on the first call), then apply the techniques in order. Changes and returns `model`."""
+    """Freeze the model (on the first call), then apply the techniques in order. Changes and returns `model`.
+
+    A folder that `full` wrote is a plain checkpoint (`Model.whole`): its chain is over, and all of it is frozen too.
+    """
+    if model.whole:
+        model.chain, model.whole = [], False
     if not model.chain:
         model.net.requires_grad_(False)
     for name, config in parse_chain(techniques):
@@ -136,6 +141,11 @@ def changes_base(model: Model) -> bool:
         getattr(link.config, "changes_base", getattr(technique(link.name), "CHANGES_BASE", False))
         for link in model.chain
     )
+
+
+def leaves_plain(model: Model) -> bool:
+    """Whether nothing of the chain is left in a saved model but weights and config.json (`PLAIN`)."""
+    return bool(model.chain) and all(getattr(technique(link.name), "PLAIN", False) for link in model.chain)
 
 
 def describe(model: Model) -> list[dict[str, Any]]:

@@ -70,6 +70,7 @@ def train(
     for an `output_dir` that holds another run, and when the loss is no longer finite.
     """
     check(model, examples, config, eval_examples)
+    model.whole = False  # its weights are no stored checkpoint's any more
     device.seed_everything(config.seed)
     device.return_freed_memory()  # what loading and quantising took
     if config.gradient_checkpointing:  # else each layer's temporaries leave a hole below what the next layer keeps

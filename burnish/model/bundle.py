@@ -58,7 +58,8 @@ class Model:
     `path` names the base so that it can be found again: a hub id, "pebble", or an absolute folder.
 
     `identity` is the SHA-256 of the base checkpoint's weights, "" for a model that was never on disk. `merged` is what
-    undoes a merge, where it was kept, `adapters` what was loaded onto the base under names.
+    undoes a merge, where it was kept, `adapters` what was loaded onto the base under names. `whole`: a plain checkpoint as
+    it was loaded, whatever chain led to it, so that the next techniques begin a chain of their own.
     """
 
     net: Network
@@ -70,6 +71,7 @@ class Model:
     chain: list[Link] = field(default_factory=list)
     merged: Any = None
     adapters: Any = None
+    whole: bool = False
 
     @property
     def spec(self) -> Spec:

@@ -116,7 +116,8 @@ def load(
             extras = adapters.rebuild(model, adapter)
         else:
             chains.rebuild(model, chain)
-    later = set() if model.chain else chains.stored_anew(model, techniques)
+    model.whole = base == folder and chains.leaves_plain(model) and model.spec == spec
+    later = set() if model.chain and not model.whole else chains.stored_anew(model, techniques)
     if unread:
         bodies = ((path, part) for path, part in model.net.named_modules() if path.startswith(model.net.body))
         later = {path for path, part in bodies if isinstance(part, Linear)}
@@ -134,7 +135,7 @@ def load(
         model.net.compute_dtype = dtype or torch.float32  # as llama.cpp, whatever the weights are
     elif (base / "generation_config.json").exists():
         model.generation_config = read_json(base / "generation_config.json")
-    own = base == folder and not chain  # weights without a chain are a base of their own
+    own = base == folder and (not chain or model.whole)  # such weights are a base of their own
     model.identity = identity(base) if own else saved.get("identity") or identity(base)
     model.net.eval()
     if memory_limit is not None:

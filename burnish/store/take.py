@@ -41,7 +41,7 @@ def take(model: Model, source: Model, config: LayersFrom) -> Model:
     where, whole = f"layers_from: {config.model}", config.embeddings or config.head
     if not config.layers and not whole:
         raise UserError(f"{where}: nothing is taken; say which layers, as in layers: [0, 2, 4]")
-    if source.chain or model.chain:
+    if any(one.chain and not one.whole for one in (source, model)):
         raise UserError(f"{where}: techniques are on it or on the model that takes its layers; merge them first")
     ours, theirs = asdict(model.spec), asdict(source.spec)
     checked = ours.keys() - FREE - (set() if whole else OUTSIDE)

@@ -26,6 +26,7 @@ from burnish.model.example import Example
 from burnish.model.scoring import label_log_probabilities, means
 
 FINITE = 0.01
+PLAIN = True
 
 
 @dataclass(frozen=True)

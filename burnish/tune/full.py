@@ -13,6 +13,7 @@ from burnish.model.bundle import Context, Model
 from burnish.tune.unfreeze import check_decay, layer_groups, unfreeze
 
 CHANGES_BASE = True
+PLAIN = True
 
 
 @dataclass(frozen=True)

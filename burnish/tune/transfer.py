@@ -22,6 +22,7 @@ from burnish.model.surgery import linears
 from burnish.tune.unfreeze import check_decay, layer_groups, unfreeze
 
 CHANGES_BASE = True
+PLAIN = True
 NEW_HEAD = True
 
 

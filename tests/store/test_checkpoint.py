@@ -21,6 +21,9 @@ import burnish
 from burnish import chain
 from burnish.chain import forward
 from burnish.config import UserError
+from burnish.engine.settings import TrainConfig
+from burnish.engine.train import train
+from burnish.model.example import Example
 from burnish.store import tensors
 from burnish.store.checkpoint import load, save
 from burnish.store.tensors import read_header
@@ -329,3 +332,32 @@ def test_a_fine_tuned_folder_is_a_base_of_its_own(llama, tmp_path):
     assert merged.identity != load(llama).identity
     again = burnish.load(save(chain.apply(merged, "lora"), tmp_path / "adapter"))
     assert again.identity == merged.identity and not (tmp_path / "adapter" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("techniques", [["full"], ["transfer"], ["full", "choice_loss"]])
+def test_a_folder_that_full_wrote_is_a_base_on_which_nothing_else_trains(llama, tmp_path, techniques):
+    wanted = {name for name in chain.apply(load(llama), "lora").trainable()}
+    tuned = chain.apply(load(llama), techniques)
+    with torch.no_grad():
+        for parameter in tuned.trainable().values():
+            parameter.add_(0.1)
+    folder = save(tuned, tmp_path / "tuned")
+    assert set(load(folder).trainable()) == set(tuned.trainable())  # as it was saved, until techniques are applied
+    model = chain.apply(load(folder), "lora")
+    assert set(model.trainable()) == wanted and [link.name for link in model.chain] == ["lora"]
+    for parameter in model.trainable().values():
+        torch.nn.init.normal_(parameter)
+    save(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    again, ids = burnish.load(tmp_path / "adapter"), torch.arange(6, 14)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again.net.logits(again.net(ids)), model.net.logits(model.net(ids)), atol=0, rtol=0)
+    assert set(chain.apply(load(folder), techniques).trainable()) == set(tuned.trainable())
+
+
+def test_weights_that_were_trained_after_loading_are_saved_with_the_next_chain(llama, tmp_path):
+    model = load(save(chain.apply(load(llama), "full"), tmp_path / "tuned"))
+    train(model, [Example([6, 7, 8], [-100, 7, 8])], TrainConfig(max_steps=1, learning_rate=0.1))
+    want = model.net.layers[0].mlp.up_proj.weight.dense.detach().clone()
+    again = load(save(chain.apply(model, "lora"), tmp_path / "on"))
+    assert torch.equal(again.net.layers[0].mlp.up_proj.weight.dense, want)
