@@ -95,6 +95,11 @@ def exchanges_head(techniques: Sequence[TechniqueSpec] | TechniqueSpec) -> bool:
     return any(getattr(technique(name), "NEW_HEAD", False) for name, _ in parse_chain(techniques))
 
 
+def compares(techniques: Sequence[TechniqueSpec] | TechniqueSpec) -> str:
+    """The name of the technique that needs rows with `choices` to train on (`COMPARES`), "" where none does."""
+    return next((name for name, _ in parse_chain(techniques) if getattr(technique(name), "COMPARES", False)), "")
+
+
 def stored_anew(model: Model, techniques: Sequence[TechniqueSpec] | TechniqueSpec) -> set[str]:
     """Paths of the projections whose weights a technique takes once to store them in another form (`STORES_ANEW`),
     before any other that needs them all in memory, so that they need not be read together."""
@@ -119,7 +124,10 @@ def apply(model: Model, techniques: Sequence[TechniqueSpec] | TechniqueSpec, con
         if model.net.fixed:
             raise UserError(f"technique '{name}': {model.net.fixed}")
         if any(link.name == name for link in model.chain):
-            raise UserError(f"techniques: '{name}' is already applied to this model")
+            raise UserError(
+                f"techniques: '{name}' is already applied to this model; fold it in first (burnish merge), or begin "
+                "from its base"
+            )
         resolved = technique(name).apply(model, config, context or Context())
         model.chain.append(Link(name, resolved))
     return model

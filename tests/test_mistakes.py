@@ -25,6 +25,10 @@ def places(root, tmp_path, monkeypatch):
     (tmp_path / "odd.jsonl").write_text('{"question": "the cat", "reply": "runs"}\n')
     turns = [{"messages": [{"role": "user", "content": "the cat"}, *reply]} for reply in ([REPLY], [])]
     (tmp_path / "masked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turns))
+    shutil.copytree(tiny.folder(root, "bert", "none"), "bare")
+    shutil.copytree(tiny.folder(root, "bert", "classification"), "classifier")
+    classes = [{"text": "the cat runs", "label": "yes"}, {"text": "the dog", "label": "no"}]
+    (tmp_path / "classes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in classes))
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "typo.yaml").write_text("model: good\nlearnin_rate: 1\n")
     shutil.copytree("good", "pickled")
@@ -39,6 +43,9 @@ def places(root, tmp_path, monkeypatch):
 
 
 TUNE = ["tune", "good", "--data", "rows.jsonl", "--output-dir", "out", "--max-steps", "1"]
+CLASSES = ["--data", "classes.jsonl", "--text-columns", "text", "--label-column", "label"]
+CLASSIFY = ["tune", "bare", *CLASSES, "--output-dir", "out", "--max-steps", "1"]
+COMPARE = ["compare", "good", "--output-dir", "out", "--tasks", "[{name: x, data: rows.jsonl, eval_data: rows.jsonl}]"]
 MISTAKES = [
     (["tun", "good"], "did you mean 'tune'"),
     ([*TUNE, "--lerning-rate", "1"], "did you mean"),
@@ -57,7 +64,47 @@ MISTAKES = [
     (["generate", "broken", "--prompt", "x"], "lamma"),
     (["generate", "cut", "--prompt", "x"], "copy or download it again"),
     (["generate", "good", "--prompt", "x", "--top-p", "3"], "top_p"),
-    (["merge", "good", "--output-dir", "out"], "lora"),
+    (["merge", "good", "--output-dir", "out"], "good: is a plain checkpoint already"),
+    ([*TUNE, "--model", "bare"], "this bert encoder has no head, so it answers nothing; put one on"),
+    ([*TUNE, "--techniques", "[ia3, choice_loss]"], "training row 1 has no 'choices'"),
+    ([*TUNE, "--text-columns", "prompt"], "name the column of the class"),
+    ([*TUNE, "--learning-rate", "-1"], "learning_rate: must be 0 or more, is -1.0"),
+    ([*TUNE, "--weight-decay", "-1"], "weight_decay: must be 0 or more"),
+    ([*TUNE, "--warmup-steps", "-1"], "warmup_steps: must be 0 or more"),
+    ([*TUNE, "--warmup-ratio", "1.5"], "warmup_ratio: a share of the steps is needed, 0 to 1, not 1.5"),
+    ([*TUNE, "--warmup-ratio", "-0.5"], "warmup_ratio: a share of the steps is needed"),
+    ([*TUNE, "--techniques", "[{lora: {lora_alpha: 0}}]"], "lora_alpha is 0.0; it must be above 0"),
+    ([*TUNE, "--techniques", "[{lora: {alpha_pattern: {q_proj: -1}}}]"], "q_proj is -1.0; it must be above 0"),
+    ([*TUNE, "--techniques", "[{prompt_tuning: {num_virtual_tokens: 64}}]"], "is 64, and the model has 64 positions"),
+    ([*TUNE, "--techniques", "[{prefix_tuning: {num_virtual_tokens: 99}}]"], "is 99, and the model has 64 positions"),
+    ([*TUNE, "--techniques", "[{p_tuning_v2: {num_virtual_tokens: 64}}]"], "is 64, and the model has 64 positions"),
+    ([*TUNE, "--techniques", "[{prompt_tuning: {init_text: ''}}]"], "init_text is empty"),
+    ([*TUNE, "--techniques", "[{prefix_tuning: {init_text: ''}}]"], "init_text is empty"),
+    ([*CLASSIFY, "--packing"], "classified examples cannot be packed"),
+    ([*CLASSIFY, "--label-column", "lable"], "did you mean 'label'"),
+    ([*CLASSIFY, "--techniques", "[{transfer: {head: lm}}]"], "label_column: it asks for a classifier"),
+    (
+        [*CLASSIFY, "--techniques", "[{transfer: {label_names: ['yes', maybe]}}]"],
+        "yes, maybe are not the data's labels",
+    ),
+    (
+        [*CLASSIFY, "--techniques", "[{transfer: {label_names: ['no', 'yes', maybe]}}]"],
+        "are not the data's labels, no, yes",
+    ),
+    (["eval", "classifier", "--data", "rows.jsonl"], "the model classifies rows, which exact_match does not measure"),
+    (["eval", "classifier"], "measure it on rows with their texts and class"),
+    (["eval", "bare", "--data", "rows.jsonl"], "the model has no head"),
+    (["eval", "good", *CLASSES], "the model tells words, which accuracy does not measure"),
+    (["eval", "classifier", *CLASSES], "label 'no' is none of the model's classes: LABEL_0, LABEL_1"),
+    (["eval", "good", "--label-column", "label"], "give --data rows.jsonl"),
+    (["eval", "classifier", "--task", "lama"], "this model has a classifier's head; take a language model"),
+    (["eval", "bare", "--task", "lama"], "this model has no head; take a language model"),
+    (["generate", "good", "--values", "{subject: x}"], "no template that takes subject"),
+    ([*COMPARE, "--max-steps", "-3"], "max_steps: must be at least 1, is -3"),
+    ([*COMPARE, "--max-steps", "0"], "max_steps: must be at least 1, is 0"),
+    ([*COMPARE, "--rows", "[{name: a, max_steps: -3}]"], "row 'a': max_steps: must be 0"),
+    ([*COMPARE, "--rows", "[{name: a, learning_rate: -1}]"], "row 'a': learning_rate: must be 0"),
+    ([*COMPARE, "--rows", "[{name: a, techniques: [ia3, choice_loss]}]"], "row 'a': choice_loss needs rows with"),
     (["quantize", "good", "--method", "nf5", "--output-dir", "out"], "nf4"),
     (["quantize", "good", "--output-dir", "pickled"], "not empty"),
     (["compare", "--model", "good", "--tasks", "neer"], "did you mean 'near'"),
@@ -69,8 +116,10 @@ MISTAKES = [
 def test_one_line_and_status_2(places, capsys, words, message):
     before = sorted(path for path in places.rglob("*"))
     assert main(words) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    said = capsys.readouterr()
+    error = said.err.strip().splitlines()[-1]
     assert error.startswith("burnish") and message in error
+    assert "parameters train" not in said.out
     assert sorted(path for path in places.rglob("*")) == before, "something was left behind"
 
 

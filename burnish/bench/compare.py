@@ -16,8 +16,8 @@ from burnish import device
 from burnish.bench import report
 from burnish.bench.jobs import Jobs
 from burnish.bench.rows import RowConfig, learning_rates, majority_row, result_row, task_cells
-from burnish.bench.tasks import load_task, parse_task
-from burnish.chain import parse_chain
+from burnish.bench.tasks import load_task, parse_task, without_choices
+from burnish.chain import compares, parse_chain
 from burnish.config import UserError, from_mapping, load_yaml, nearest, to_mapping
 from burnish.plan import check_memory
 from burnish.store.checkpoint import read_json
@@ -83,6 +83,11 @@ def compare(config: CompareConfig, progress: Callable[[str], None] = print) -> d
             raise UserError(f"rows: the name '{name}' stands twice; names tell rows apart")
     if not config.seeds:
         raise UserError("seeds: give at least one, as in [0, 1, 2]")
+    if config.max_steps < 1:
+        raise UserError(f"max_steps: must be at least 1, is {config.max_steps}")
+    for row in rows:
+        if row.max_steps < 0:
+            raise UserError(f"row '{row.name}': max_steps: must be 0 (the comparison's) or more, is {row.max_steps}")
     tasks = [load_task(parse_task(task)) for task in config.tasks]
     known = [task.name for task in tasks]
     for row in rows:
@@ -95,9 +100,16 @@ def compare(config: CompareConfig, progress: Callable[[str], None] = print) -> d
     models = {name: resolve(name) for name in {config.model: None} | {row.model: None for row in rows}}
     for name, folder in models.items():
         check_memory(folder, [row.techniques for row in rows if row.model == name])
-    claim(config, models[config.model])
-
     cells = [cell for task in tasks for cell in task_cells(rows, task, config.controls)]
+    for cell in cells:
+        compared = compares(cell.techniques)
+        lacks = without_choices(cell.task.train, cell.task.config) if compared else 0
+        if lacks:
+            raise UserError(
+                f"row '{cell.row.name}': {compared} needs rows with 'choices', and training row {lacks} of task "
+                f"'{cell.task.name}' has none; give the row only tasks that have them, as in tasks: [reviews]"
+            )
+    claim(config, models[config.model])
     with tempfile.TemporaryDirectory(dir=config.output_dir) as scratch:
         jobs = Jobs(config, models, Path(scratch))
         measured = jobs.run(cells, progress)

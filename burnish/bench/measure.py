@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from burnish.model.bundle import Model
 from burnish.model.example import IGNORE, Example
 from burnish.model.scoring import beside_labels, means, shared_log_probabilities
 from burnish.store.checkpoint import load
+from burnish.store.classes import lookup, names_of
 
 BATCH = 64
 
@@ -35,6 +36,8 @@ class EvalConfig:
     split: str = field(default="test", metadata={"help": "split of a built-in task: test or dev"})
     data: str = field(default="", metadata={"help": "your own rows instead of a built-in task; lama: relations"})
     columns: dict[str, str] = field(default_factory=dict, metadata={"help": "your names of columns"})
+    text_columns: list[str] = field(default_factory=list, metadata={"help": "one or two texts to classify"})
+    label_column: str = field(default="", metadata={"help": "column with the class, for a classifier's accuracy"})
     metric: Metric = field(default="auto", metadata={"help": "auto takes what fits the rows"})
     max_length: int = field(default=512, metadata={"help": "longest row, in tokens"})
     max_rows: int = field(default=0, metadata={"help": "rows measured; 0: all"})
@@ -50,10 +53,21 @@ class EvalConfig:
 def measure(model: Model, task: Task | str | Mapping[str, Any], rows: Sequence[Example] | None = None) -> float:
     """The metric of `task` (a Task, a built-in name, or a mapping of `TaskConfig`) over its test rows.
 
-    `rows` replaces the test rows by examples already encoded, without the chain's `encode` hooks.
+    `rows` replaces the test rows by examples already encoded, without the chain's `encode` hooks. Raises UserError for a
+    model whose head does not give what the metric compares.
     """
     if not isinstance(task, Task):
         task = load_task(parse_task(task))
+    head = model.spec.head
+    if (head == "classification") != (task.metric == "accuracy") or head == "none":
+        does = "classifies rows" if head == "classification" else "has no head" if head == "none" else "tells words"
+        ways = {
+            "classification": "measure it on rows with their texts and class, as in --data rows.jsonl "
+            "--text-columns text --label-column label",
+            "none": "tune it with a head first",
+        }
+        instead = ways.get(head, "leave label_column away, or tune it as a classifier first")
+        raise UserError(f"task '{task.name}': the model {does}, which {task.metric} does not measure; {instead}")
     examples = list(held_out(model, encode(model, task.encode(model, task.test) if rows is None else list(rows))))
     if task.metric == "perplexity":
         return math.exp(evaluate(model, examples))
@@ -147,14 +161,19 @@ def run(config: EvalConfig) -> int:
     model = load(config.model)
     tasks: list[Any] = list(config.task)
     if config.data:
-        common = {"metric": config.metric, "columns": config.columns, "max_length": config.max_length}
+        common: dict[str, Any] = {"metric": config.metric, "columns": config.columns, "max_length": config.max_length}
+        common |= {"text_columns": config.text_columns, "label_column": config.label_column}
         tasks = [{"name": config.data, "data": config.data, "eval_data": config.data, **common}]
+    elif config.label_column or config.text_columns:
+        raise UserError("label_column, text_columns: they are columns of your own rows; give --data rows.jsonl")
     found: dict[str, dict[str, Any]] = {}
     for item in tasks:
         options = {"name": item, "metric": config.metric} if isinstance(item, str) else item
         if config.split not in ("test", "dev"):
             raise UserError(f"split: '{config.split}' is neither test nor dev")
         task = load_task(parse_task({**options, "max_rows": config.max_rows, "split": config.split}))
+        if task.label_names and model.spec.head == "classification":
+            task = replace(task, label_names=classes(model, task))
         found[task.name] = {"metric": task.metric, "value": measure(model, task), "rows": len(task.test)}
         if task.name == "facts" and task.metric == "exact_match":
             found[task.name]["relations"] = by_relation(model, task)
@@ -166,6 +185,17 @@ def run(config: EvalConfig) -> int:
         for relation, value in entry.get("relations", {}).items():
             print(f"  {relation}: {value:.4f}")
     return 0
+
+
+def classes(model: Model, task: Task) -> list[str]:
+    """What the task's labels are looked up by, in the order of the model's classes. Raises UserError where a label is
+    none of them."""
+    own = names_of(model.hf_config)
+    order = lookup(own, task.label_names)
+    if order is None:
+        strange = next(label for label in task.label_names if label not in own)
+        raise UserError(f"task '{task.name}': label '{strange}' is none of the model's classes: {', '.join(own)}")
+    return order
 
 
 def by_relation(model: Model, task: Task) -> dict[str, float]:

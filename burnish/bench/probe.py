@@ -193,7 +193,11 @@ def probe(
 ) -> dict[str, Any]:
     """Every method on every relation, of which `most` facts are taken (0: all): {"relations": ..., "average": ...}."""
     if model.spec.head not in ("lm", "masked_lm"):
-        raise UserError(f"task 'lama': the model has no head that tells words, but '{model.spec.head}'")
+        has = "has no head" if model.spec.head == "none" else "has a classifier's head"
+        raise UserError(
+            f"task 'lama': it asks for words, and this model {has}; take a language model or a masked one, or train "
+            "a head first: burnish tune MODEL --techniques '[{transfer: {head: lm}}]'"
+        )
     found: dict[str, dict[str, Any]] = {}
     for relation in relations:
         found[relation.name] = Probe(model, relation, steps, most).run(methods, seeds, texts)

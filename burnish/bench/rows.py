@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from burnish.bench.tasks import Task, majority, target_column
-from burnish.config import coerce
-from burnish.engine.procedures.tune import with_head
+from burnish.config import UserError, coerce
+from burnish.engine.procedures.tune import class_order, with_head
 
 Result = Mapping[str, Any]
 NO_LATENCY = dict.fromkeys(("mean", "std", "p50", "p95"))
@@ -43,10 +43,16 @@ class Cell:
 
 
 def task_cells(rows: list[RowConfig], task: Task, controls: bool) -> list[Cell]:
-    """Every row on the task, and the controls. A classification begins each chain with a new head."""
+    """Every row on the task, and the controls. A classification begins each chain with a new head.
+
+    Raises UserError for a row whose own names of classes are not the task's.
+    """
 
     def chained(row: RowConfig) -> list[Any]:
-        return with_head(row.techniques, task.label_names) if task.label_names else row.techniques
+        if not task.label_names:
+            return row.techniques
+        class_order(row.techniques, task.label_names)
+        return with_head(row.techniques, task.label_names)
 
     cells = [Cell(row, task, chained(row)) for row in rows if not row.tasks or task.name in row.tasks]
     trained = next((cell.row for cell in cells if learning_rates(cell.row, task.name)), None)
@@ -61,6 +67,8 @@ def learning_rates(row: RowConfig, task: str) -> list[float]:
     if isinstance(rates, Mapping):
         rates = rates.get(task, next(iter(rates.values()), 0.0))
     found = coerce(rates, list[float], f"row '{row.name}': learning_rate")
+    if any(rate < 0 for rate in found):
+        raise UserError(f"row '{row.name}': learning_rate: must be 0 (no training) or more, is {min(found)}")
     return [rate for rate in found if rate]
 
 

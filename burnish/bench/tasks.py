@@ -3,7 +3,8 @@
 Metrics: `exact_match`, the share of rows whose greedy continuation begins with the expected completion (what follows
 it is not judged); `accuracy` of a classifier; `rank_classification`, the share of rows whose completion has a higher
 mean log-probability per token than every other of its `choices`, end tokens not counted (T-Few, arXiv 2205.05638,
-section 3.2); `perplexity`, exp of the mean loss per trained token.
+section 3.2); `perplexity`, exp of the mean loss per trained token. `auto` is accuracy with a label column, rank
+classification where all of the user's own rows have `choices`, else exact match of completions, and perplexity of text.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Literal
 from burnish.config import UserError, from_mapping, nearest
 from burnish.model.bundle import Model
 from burnish.model.example import Example
+from burnish.store.classes import labels_of
 from burnish.store.data import Row, encode_classification, encode_rows, read_rows, split_rows, wrong_choices
 from burnish.store.rows import detect_format, rename_columns
 
@@ -100,15 +102,17 @@ def load_task(config: TaskConfig) -> Task:
     if config.label_column:
         if not config.text_columns:
             raise UserError(f"task '{config.name}': label_column needs text_columns; columns: {', '.join(train[0])}")
-        have = {str(row[config.label_column]) for row in train + test if config.label_column in row}
-        names = sorted(have) or [""]
+        names = labels_of(train + test, config.label_column) or [""]
+    elif config.text_columns:
+        raise UserError(f"task '{config.name}': text_columns are classified; name the class's column in label_column")
     metric: str = config.metric
-    renamed = rename_columns(test, config.columns, config.name) if config.columns else test
     if metric in ("auto", "rank_classification"):
+        renamed = rename_columns(test, config.columns, config.name) if config.columns else test
         kind = "label" if names else detect_format(renamed, config.name, config.columns)
+        lacks = without_choices(test, config)
         if metric == "auto":
-            metric = {"label": "accuracy", "prompt_completion": "exact_match"}.get(kind, "perplexity")
-        lacks = next((n for n, row in enumerate(renamed, 1) if wrong_choices(row) is None), 0)
+            answered = "rank_classification" if config.data and not lacks else "exact_match"
+            metric = {"label": "accuracy", "prompt_completion": answered}.get(kind, "perplexity")
         if metric == "rank_classification" and (lacks or kind != "prompt_completion"):
             raise UserError(
                 f"task '{config.name}': test row {lacks or 1}: metric rank_classification needs a prompt, a "
@@ -118,6 +122,12 @@ def load_task(config: TaskConfig) -> Task:
         raise UserError(f"task '{config.name}': metric {metric} does not go with label_column '{config.label_column}'")
     train = some(train, min(config.train_rows or len(train), config.max_rows or len(train)))
     return Task(config, metric, train, some(test, config.max_rows or len(test)), names)
+
+
+def without_choices(rows: list[Row], config: TaskConfig) -> int:
+    """The number, from 1, of the first row without `choices` that its completion is among; 0 where all have them."""
+    renamed = rename_columns(rows, config.columns, config.name) if config.columns else rows
+    return next((number for number, row in enumerate(renamed, 1) if wrong_choices(row) is None), 0)
 
 
 def _rows(config: TaskConfig) -> tuple[list[Row], list[Row]]:

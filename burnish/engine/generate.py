@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from burnish import chain
 from burnish.chain import Model
 from burnish.config import UserError
 from burnish.device import fetched
@@ -31,9 +32,9 @@ from burnish.engine.reply import Ends, Generation, Piece, Row, after, batch_of, 
 from burnish.engine.speculation import speculate
 from burnish.model.example import IGNORE, Example
 from burnish.place.fused import fused
-from burnish.store.data import encode_prompt
+from burnish.store.data import as_text, encode_prompt
 
-Prompt = str | Sequence[Mapping[str, Any]] | Example
+Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Example
 PLAIN = GenerationConfig()
 Loop = Callable[[Model, list[Row], GenerationConfig, Ends], Iterator[Piece]]
 
@@ -57,7 +58,8 @@ def stream(
 ) -> Iterator[Piece]:
     """Every token as it comes, `config.batch_size` prompts at a time, those of like length together.
 
-    A prompt is a text, a list of messages for the chat template, or an `Example`, of which the part before its
+    A prompt is a text, a row as in training ({"prompt": text} and other columns that a template of the model names), a
+    list of messages for the chat template, or an `Example`, of which the part before its
     first label is continued, or is an encoder-decoder's source. A model without a tokenizer takes examples and gives
     no text. `adapters` names each prompt's adapter of those loaded, None for the bare base; without it all take the
     active one. The model is in evaluation mode until the iterator ends or is closed.
@@ -136,6 +138,8 @@ def _example(model: Model, prompt: Prompt) -> Example:
     """The prompt's tokens, nothing of which is a target."""
     if isinstance(prompt, str):
         given = encode_prompt(model.tokenizer, prompt, model.spec.paired)
+    elif isinstance(prompt, Mapping):
+        given = _row(model, prompt)
     elif isinstance(prompt, Example):
         given = prompt
     else:
@@ -144,6 +148,14 @@ def _example(model: Model, prompt: Prompt) -> Example:
     slots = given.slots and given.slots[:size]
     types = given.token_types and given.token_types[:size]
     return replace(given, ids=given.ids[:size], labels=given.labels[:size], slots=slots, token_types=types, label=None)
+
+
+def _row(model: Model, row: Mapping[str, Any]) -> Example:
+    """A row's prompt, which may be none where a template takes other columns, with its columns for templates."""
+    if not chain.hooks(model, "encode"):
+        raise UserError(f"values: this model has no template that takes {', '.join(row)}; give the prompt as one text")
+    given = encode_prompt(model.tokenizer, row["prompt"], model.spec.paired) if row.get("prompt") else Example([], [])
+    return replace(given, fields={"prompt": "", **{name: as_text(value) for name, value in row.items()}})
 
 
 @torch.inference_mode()

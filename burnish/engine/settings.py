@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,9 @@ def _field(default: Any, text: str, output_only: bool = False) -> Any:
 class TrainConfig:
     """Settings of one run, under Hugging Face's names. `output_only` ones may change when a run is resumed."""
 
-    output_dir: Path | None = _field(None, "folder for checkpoints; none writes nothing", True)
+    output_dir: Path | None = _field(
+        None, "folder of checkpoints and of the result; none, from Python alone, writes nothing", True
+    )
     overwrite: bool = _field(False, "delete the checkpoints in output_dir and start anew", True)
     learning_rate: float = _field(5e-5, "peak learning rate")
     per_device_train_batch_size: int = _field(8, "rows per micro-batch")
@@ -61,9 +64,13 @@ class TrainConfig:
 def check(
     model: Model, examples: Sequence[Example], config: TrainConfig, eval_examples: Sequence[Example] | None
 ) -> None:
-    """Raise UserError for what cannot train; warn of what trains badly."""
-    trainable = model.trainable()
-    if not trainable:
+    """Raise UserError for what cannot train."""
+    if model.spec.head == "none":
+        raise UserError(
+            f"model: this {model.spec.family} {model.spec.kind} has no head, so it answers nothing; put one on in "
+            "techniques, {transfer: {head: lm}}, or classify rows, as in --text-columns text --label-column label"
+        )
+    if not model.trainable():
         raise UserError("techniques: no parameter trains; put one that trains in the chain, such as lora or full")
     if not examples:
         raise UserError("training data: there is no example")
@@ -74,15 +81,12 @@ def check(
         if example.label is not None and not 0 <= example.label < classes:
             knows = f"classes 0 to {classes - 1}" if classes else "no classes: it predicts tokens"
             raise UserError(f"training data: example {index + 1} has class {example.label}, the model {knows}")
-    empty = sum(not _has_target(example) for example in examples)
-    if empty == len(examples):
+    if not any(map(_has_target, examples)):
         raise UserError("training data: every label of every example is masked (-100), so nothing can be learnt")
-    if empty:
-        log.warning(
-            "%d of %d training examples have no target: all their labels are masked (-100)",
-            empty,
-            len(examples),
-        )
+    if config.packing and classes:
+        raise UserError("classified examples cannot be packed, as a row has one class; set packing: false")
+    if config.packing and model.spec.paired:
+        raise UserError("packing: an encoder-decoder's rows are not packed; set packing: false")
     if config.mlm_probability:
         if model.spec.head != "masked_lm" or getattr(model.tokenizer, "mask_token_id", None) is None:
             raise UserError("mlm_probability: only a masked language model with a mask token is trained so; leave it 0")
@@ -91,6 +95,11 @@ def check(
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}: must be at least 1, is {getattr(config, name)}")
+    for name in ("learning_rate", "weight_decay", "warmup_steps"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"{name}: must be 0 or more, is {getattr(config, name)}")
+    if not 0 <= config.warmup_ratio <= 1:
+        raise UserError(f"warmup_ratio: a share of the steps is needed, 0 to 1, not {config.warmup_ratio}")
     if config.optim_memory_limit < SMALLEST_LIMIT:
         raise UserError(
             f"optim_memory_limit: is {config.optim_memory_limit} bytes, and the smallest pages take {SMALLEST_LIMIT}"
@@ -101,6 +110,15 @@ def check(
         raise UserError("early_stopping_patience, load_best_model_at_end: there is no evaluation data to judge by")
     if config.report_to != "none" and config.output_dir is None:
         raise UserError("report_to: tensorboard writes below output_dir; set output_dir")
+
+
+def warn(examples: Sequence[Example]) -> None:
+    """Warn of what trains badly."""
+    empty = sum(not _has_target(example) for example in examples)
+    if empty:
+        log.warning(
+            "%d of %d training examples have no target: all their labels are masked (-100)", empty, len(examples)
+        )
 
 
 def _has_target(example: Example) -> bool:

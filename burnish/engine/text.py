@@ -60,6 +60,9 @@ class ModelConfig:
 class GenerateConfig(GenerationConfig, ModelConfig):
     prompt: str | None = field(default=None, metadata={"help": "text to continue; none: read from standard input"})
     prompt_file: Path | None = field(default=None, metadata={"help": "file with one prompt a line"})
+    values: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "columns that the model's template names, as in '{subject: Maren}'"}
+    )
     chat: bool = field(default=False, metadata={"help": "put the prompt in the chat template, as the user's turn"})
     json: bool = field(default=False, metadata={"help": "print a JSON object a line and prompt"})
 
@@ -83,6 +86,8 @@ def run(config: GenerateConfig) -> int:
 
 def _answer(model: Model, texts: Sequence[str], config: GenerateConfig, say: Callable[..., None]) -> None:
     prompts: list[Prompt] = [[{"role": "user", "content": text}] if config.chat else text for text in texts]
+    if config.values:
+        prompts = [{**config.values, "prompt": text} for text in texts]
     if len(prompts) == 1 and not config.json:
         for piece in stream(model, prompts, config):
             say(piece.text, end="", flush=True)
@@ -136,7 +141,11 @@ def _converse(model: Model, config: ChatConfig) -> int:
 
 
 def _texts(config: GenerateConfig) -> list[str]:
-    """The prompts that were given: by flag, file or standard input."""
+    """The prompts that were given: by flag, file or standard input; none beside `values`, which may be all there is."""
+    if config.values and config.chat:
+        raise UserError("values: they go into a template of prompts, not into a conversation; leave chat away")
+    if config.values and config.prompt is None and config.prompt_file is None:
+        return [config.values.get("prompt", "")]
     if config.prompt is not None and config.prompt_file is not None:
         raise UserError("prompt and prompt_file are both given; remove one")
     if config.prompt is not None:

@@ -33,7 +33,7 @@ from burnish.engine.optim import adamw, gradient_norm, lr_factor, parameter_grou
 from burnish.engine.order import Order, encode
 from burnish.engine.paging import PagedAdamW
 from burnish.engine.progress import Board, Progress
-from burnish.engine.settings import TrainConfig, check
+from burnish.engine.settings import TrainConfig, check, warn
 from burnish.kernels.training import fused
 from burnish.model.example import Example
 
@@ -70,6 +70,7 @@ def train(
     for an `output_dir` that holds another run, and when the loss is no longer finite.
     """
     check(model, examples, config, eval_examples)
+    warn(examples)
     model.whole = False  # its weights are no stored checkpoint's any more
     device.seed_everything(config.seed)
     device.return_freed_memory()  # what loading and quantising took

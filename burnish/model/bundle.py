@@ -58,8 +58,8 @@ class Model:
     `path` names the base so that it can be found again: a hub id, "pebble", or an absolute folder.
 
     `identity` is the SHA-256 of the base checkpoint's weights, "" for a model that was never on disk. `merged` is what
-    undoes a merge, where it was kept, `adapters` what was loaded onto the base under names. `whole`: a plain checkpoint as
-    it was loaded, whatever chain led to it, so that the next techniques begin a chain of their own.
+    undoes a merge, where it was kept, `adapters` what was loaded onto the base under names. `whole`: a plain checkpoint
+    as it was loaded, whatever chain led to it, so that the next techniques begin a chain of their own.
     """
 
     net: Network

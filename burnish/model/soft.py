@@ -11,6 +11,7 @@ from torch import Tensor
 from burnish.config import UserError
 from burnish.model.example import IGNORE, Example
 from burnish.model.network import Network
+from burnish.model.spec import Spec
 
 
 def first_slot(net: Network) -> int:
@@ -24,6 +25,17 @@ def repeated(tokenizer: Any, text: str, count: int, where: str) -> Tensor:
     if not ids:
         raise UserError(f"{where}: init_text is empty; give it some words")
     return torch.tensor([ids[i % len(ids)] for i in range(count)])
+
+
+def check_length(spec: Spec, count: int, where: str) -> None:
+    """Raise UserError where `count` virtual tokens are none, or leave no position to a model's input."""
+    if count < 1:
+        raise UserError(f"{where}: num_virtual_tokens is {count}; at least 1 is needed")
+    room = spec.max_positions if spec.positions in ("learned", "rotary") and not spec.rope_scaling else 0
+    if 0 < room <= count:
+        raise UserError(
+            f"{where}: num_virtual_tokens is {count}, and the model has {room} positions, which its input needs too"
+        )
 
 
 def insert(example: Example, at: int, slots: list[int]) -> Example:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from burnish.config import UserError, nearest
 from burnish.model.example import IGNORE as IGNORED
 from burnish.model.example import Example
+from burnish.store.classes import labels_of
 from burnish.store.rows import Row, detect_format, read_rows, rename_columns, require_column, split_rows
 from burnish.store.tokenizer import Message, chat_ids, runs
 
@@ -101,7 +102,7 @@ def encode_rows(
             empty += 1
             continue
         for one in (example, *(example.choices or ())):
-            one.fields = {name: _as_text(value) for name, value in raw.items()}
+            one.fields = {name: as_text(value) for name, value in raw.items()}
         examples.append(example)
     if cut:
         logger.warning(
@@ -163,7 +164,7 @@ def encode_classification(
         raise UserError(f"{where}: no rows; give at least one")
     for column in (*text_columns, label_column):
         require_column(rows, column, where)
-    names = list(label_names) if label_names is not None else _label_names(rows, label_column)
+    names = list(label_names) if label_names is not None else labels_of(rows, label_column)
     classes = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     examples = []
     for number, row in enumerate(rows, start=1):
@@ -176,7 +177,7 @@ def encode_classification(
             raise UserError(f"{where}: row {number}: {error}") from error
         encoded = tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=len(texts) == 2)
         ids = encoded["input_ids"]
-        fields = {name: _as_text(value) for name, value in row.items()}
+        fields = {name: as_text(value) for name, value in row.items()}
         types = encoded["token_type_ids"] if len(texts) == 2 else None
         examples.append(Example(ids, [IGNORED] * len(ids), fields, label=classes[label], token_types=types))
     return examples, names
@@ -328,13 +329,8 @@ def _text(row: Row, column: str, default: str | None = None) -> str:
     return str(value)
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """What a template shows of a column's value."""
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _label_names(rows: Sequence[Row], column: str) -> list[str]:
-    labels = {str(row[column]) for row in rows if row.get(column) is not None}
-    numeric = all(label.lstrip("-").isdigit() for label in labels)
-    return sorted(labels, key=int) if numeric else sorted(labels)

@@ -27,6 +27,11 @@ from burnish.model.scoring import label_log_probabilities, means
 
 FINITE = 0.01
 PLAIN = True
+COMPARES = True
+LACKING = (
+    "has no 'choices', a list of completions with its own completion among them; give every row its choices (and leave "
+    "train_on at completion), or take choice_loss out"
+)
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,14 @@ class Config:
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:
-    """Raises UserError for a model that continues no text, and where all three are off."""
+    """Raises UserError for a model that continues no text, where all three are off, and for rows without choices."""
     if not (config.lm or config.unlikelihood or config.length_normalised):
         raise UserError("technique 'choice_loss': lm, unlikelihood and length_normalised are all off; switch one on")
     if not model.spec.generates:
         raise UserError(f"technique 'choice_loss': a {model.spec.family} {model.spec.head} model continues no text")
+    without = next((number for number, example in enumerate(context.examples, 1) if not example.choices), 0)
+    if without:
+        raise UserError(f"technique 'choice_loss': training row {without} {LACKING}")
     return config
 
 
@@ -63,10 +71,7 @@ def loss(model: Model, config: Config, batch: dict[str, Tensor], hidden: Tensor)
     group = (choice == 0).cumsum(0) - 1
     count = int(group[-1]) + 1
     if int(torch.bincount(group).min()) < 2:
-        raise UserError(
-            "technique 'choice_loss': a training row has no 'choices', a list of completions with its own completion "
-            "among them; give every row its choices (and leave train_on at completion), or take choice_loss out"
-        )
+        raise UserError(f"technique 'choice_loss': a training row {LACKING}")
     logs, rows = label_log_probabilities(model.net, hidden, batch["labels"])
     scores = means(logs, rows, len(choice))
     total = scores.new_zeros(())

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish.config import UserError
+from burnish.model import soft
 from burnish.model.bundle import Model
 
 
@@ -44,8 +45,7 @@ def check(model: Model, name: str, length: int, middle: int, instead: str) -> No
     if not spec.num_kv_heads:
         what = f"a {spec.family} {spec.kind} keeps no key-value cache to put a prefix into"
         raise UserError(f"technique '{name}': {what}; use {instead}")
-    if length < 1:
-        raise UserError(f"technique '{name}': num_virtual_tokens is {length}; at least 1 is needed")
+    soft.check_length(spec, length, f"technique '{name}'")
     if middle < 1:
         raise UserError(f"technique '{name}': encoder_hidden_size is {middle}; at least 1 is needed")
     if any(isinstance(module, PrefixEncoder) for module in model.net.techniques.values()):

@@ -6,12 +6,15 @@ stored quantised cannot train and stay frozen. Limits: with AdamW in float32 it 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 from burnish.model.bundle import Context, Model
+from burnish.model.linear import Dense, Weight
 from burnish.tune.unfreeze import check_decay, layer_groups, unfreeze
 
+log = logging.getLogger(__name__)
 CHANGES_BASE = True
 PLAIN = True
 
@@ -24,9 +27,17 @@ class Config:
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:
-    """Unfreeze everything that is not quantised storage."""
+    """Unfreeze everything that is not quantised storage, and warn where some is."""
     check_decay(model, "full", config.layer_lr_decay)
     rebuild(model, config)
+    stored = {id(m): m for m in model.net.modules() if isinstance(m, Weight) and not isinstance(m, Dense)}
+    if stored and model.device.type != "meta":
+        share = sum(m.shape[0] * m.shape[1] for m in stored.values()) / model.parameter_count()
+        log.warning(
+            "technique 'full': %.0f%% of the weights are stored quantised and stay frozen; train them through lora, or "
+            "leave the quantisation out",
+            100 * share,
+        )
     return config
 
 

@@ -214,6 +214,10 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     for name, rank in ranks.items():
         if rank < 1:
             raise UserError(f"technique 'lora': {name} is {rank}; it must be at least 1")
+    patterned = {f"alpha_pattern: {name}": alpha for name, alpha in config.alpha_pattern.items()}
+    for name, alpha in {"lora_alpha": config.lora_alpha, **patterned}.items():
+        if not 0 < alpha < math.inf:
+            raise UserError(f"technique 'lora': {name} is {alpha}; it must be above 0")
     if not 0 <= config.lora_dropout < 1:
         raise UserError(f"technique 'lora': lora_dropout is {config.lora_dropout}; it must be at least 0 and below 1")
     if config.target_modules is not None and not config.target_modules:

@@ -25,6 +25,7 @@ from burnish.model.example import IGNORE, Example, at_mask
 
 NAME = "p_tuning"
 MASK = "[MASK]"
+GROUP, COUNT = re.compile(r"\[P\*[^\]]*\]"), re.compile(r"\[P\*0*[1-9]\d*\]")
 PART = re.compile(r"\[P(?:\*(\d+))?\]|\{(\w+)\}")
 
 
@@ -82,11 +83,16 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     """Add the prompt encoder. Raises UserError for a template without pseudo tokens or a column, or with a mask that
     the model does not have, or that shows the answer."""
     found = parts(config.template)
+    wrong = next((part for part in GROUP.findall(config.template) if not COUNT.fullmatch(part)), None)
+    if wrong is not None:
+        raise UserError(
+            f"technique '{NAME}': template '{config.template}' has {wrong}; the number of pseudo tokens must be a "
+            "positive whole number, as in [P*3]"
+        )
     for kind, need in (("soft", "[P*3]"), ("field", "{prompt}")):
         if not any(k == kind for k, _ in found):
             raise UserError(f"technique '{NAME}': template '{config.template}' has no {need}; add it where it belongs")
-    if ("soft", 0) in found:
-        raise UserError(f"technique '{NAME}': template '{config.template}' has [P*0]; a group has at least one token")
+    soft.check_length(model.spec, sum(int(n) for kind, n in found if kind == "soft"), f"technique '{NAME}'")
     if ("field", "completion") in found:
         raise UserError(
             f"technique '{NAME}': template '{config.template}' shows the model the answer; leave {{completion}} away, "
@@ -165,7 +171,7 @@ def column(example: Example, name: str) -> str:
         have = ", ".join(example.fields) or "none"
         raise UserError(
             f"technique '{NAME}': template names {{{name}}}{nearest(name, example.fields)}; "
-            f"the data's columns are: {have}"
+            f"the data's columns are: {have}; generate takes others by --values '{{{name}: text}}'"
         )
     return example.fields[name]
 

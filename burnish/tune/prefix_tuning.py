@@ -35,7 +35,7 @@ class Config:
     num_virtual_tokens: int = 5
     prefix_projection: bool = True
     encoder_hidden_size: int = 512
-    init_text: str = ""
+    init_text: str | None = None
     finalized: bool = False
 
 
@@ -51,7 +51,7 @@ def apply(model: Model, config: Config, context: Context) -> Config:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
         rebuild(model, config)
-    if config.init_text:
+    if config.init_text is not None:
         cast(deep.PrefixEncoder, model.net.techniques[NAME]).begin(recorded(model, config))
     return config
 
@@ -62,7 +62,7 @@ def recorded(model: Model, config: Config) -> Tensor:
     if model.spec.paired:
         raise UserError(f"technique '{NAME}': init_text is for models of one stack, whose text stands before the input")
     count = config.num_virtual_tokens
-    ids = soft.repeated(model.tokenizer, config.init_text, count, f"technique '{NAME}'").to(model.device)
+    ids = soft.repeated(model.tokenizer, config.init_text or "", count, f"technique '{NAME}'").to(model.device)
     cache = model.net.new_cache(1, count)
     model.net(ids[None], cache=cache)
     found = cache.as_prefix()

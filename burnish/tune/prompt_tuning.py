@@ -12,7 +12,7 @@ stays first; of an encoder-decoder they are in the encoder's input (section 2).
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
 import torch
@@ -29,11 +29,12 @@ NAME = "prompt_tuning"
 @dataclass(frozen=True)
 class Config:
     """`init` "text": the embeddings of the words of `init_text`, repeated or cut to length; "labels": of `init_labels`,
-    else of the classes' names, or of the training data's answers, the most frequent first."""
+    else of the classes' names, or of the training data's answers, the most frequent first. None: "text" or "labels"
+    where its words are given, else "vocabulary"."""
 
     num_virtual_tokens: int = 20
-    init: Literal["vocabulary", "random", "text", "labels"] = "vocabulary"
-    init_text: str = ""
+    init: Literal["vocabulary", "random", "text", "labels"] | None = None
+    init_text: str | None = None
     init_labels: list[str] = field(default_factory=list)
 
 
@@ -52,9 +53,15 @@ def state(model: Model) -> SoftPrompt:
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:
-    """Add the soft prompt and start it as configured."""
-    if config.num_virtual_tokens < 1:
-        raise UserError(f"technique '{NAME}': num_virtual_tokens is {config.num_virtual_tokens}; at least 1 is needed")
+    """Add the soft prompt and start it as configured; the resolved config says how.
+
+    Raises UserError for words of another start than `init`, for no words, and for a prompt that leaves no position.
+    """
+    soft.check_length(model.spec, config.num_virtual_tokens, f"technique '{NAME}'")
+    config = replace(config, init=start(config))
+    if config.init == "text":
+        text = config.init_text or ""
+        words = soft.repeated(model.tokenizer, text, config.num_virtual_tokens, f"technique '{NAME}'")
     rebuild(model, config)
     table = state(model).embedding
     generator = torch.Generator().manual_seed(context.seed)
@@ -65,11 +72,21 @@ def apply(model: Model, config: Config, context: Context) -> Config:
             return config
         rows = torch.randint(model.spec.vocab_size, (count,), generator=generator)
         if config.init == "text":
-            rows = soft.repeated(model.tokenizer, config.init_text, count, f"technique '{NAME}'")
+            rows = words
         table.copy_(model.net.embed(rows.to(model.device)))
         for row, word in enumerate(class_words(model, config, context)[:count] if config.init == "labels" else ()):
             table[row] = model.net.embed(torch.tensor(word, device=model.device)).float().mean(0)
     return config
+
+
+def start(config: Config) -> Literal["vocabulary", "random", "text", "labels"]:
+    """The start that a config asks for. Raises UserError for words that belong to another one."""
+    words = {"text": config.init_text is not None, "labels": bool(config.init_labels)}
+    given = [kind for kind, has in words.items() if has]
+    if len(given) > 1 or (config.init is not None and given and given != [config.init]):
+        said = [f"init: {config.init}"] * (config.init is not None) + [f"init_{kind}" for kind in given]
+        raise UserError(f"technique '{NAME}': {' and '.join(said)} are different starts; keep one of them")
+    return config.init or ("text" if words["text"] else "labels" if words["labels"] else "vocabulary")
 
 
 def class_words(model: Model, config: Config, context: Context) -> list[list[int]]:

@@ -144,3 +144,11 @@ def test_merging_into_some_of_the_quantised_projections(root, tmp_path):
              ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj")}  # fmt: skip
     assert kinds == {"layers.0.self_attn.q_proj": "Dense", "layers.0.self_attn.k_proj": "NF4"}
     torch.testing.assert_close(outputs(again), outputs(model), atol=0, rtol=0)
+
+
+def test_full_says_that_quantised_weights_stay_frozen(root, caplog):
+    chain.apply(load(tiny.folder(root, "llama")), ["full"])
+    assert not caplog.messages
+    chain.apply(load(tiny.folder(root, "llama")), ["nf4", "full"])
+    (said,) = caplog.messages
+    assert "% of the weights are stored quantised and stay frozen" in said

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny
 import torch
@@ -9,7 +11,10 @@ import torch
 import burnish
 from burnish import chain
 from burnish.chain import Context, Model, forward
+from burnish.cli import main
 from burnish.config import UserError
+from burnish.engine.decoding import GenerationConfig
+from burnish.engine.generate import generate
 from burnish.engine.order import encode
 from burnish.engine.settings import TrainConfig
 from burnish.engine.train import train
@@ -146,7 +151,9 @@ def test_a_missing_column_names_those_there_are(root):
         ({"template": "answer {prompt}"}, r"has no \[P\*3\]"),
         ({"template": "[P*3] answer"}, r"has no \{prompt\}"),
         ({"encoder": "gru"}, "encoder"),
-        ({"template": "[P*0] {prompt}"}, r"has \[P\*0\]; a group has at least one token"),
+        ({"template": "[P*0] {prompt}"}, r"has \[P\*0\]; the number of pseudo tokens must be a positive"),
+        ({"template": "[P*-3] {prompt}"}, r"has \[P\*-3\]; the number of pseudo tokens must be a positive"),
+        ({"template": "[P*64] {prompt}"}, "64, and the model has 64 positions"),
         ({"template": "[P*2] {completion}"}, "shows the model the answer; leave {completion} away"),
         ({"template": "[P*3] {prompt} [MASK]"}, r"has \[MASK\]: a llama decoder has no such token"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0; give 0 or more"),
@@ -223,3 +230,22 @@ def test_the_model_trains_with_its_prompts_at_a_rate_of_their_own(root, tmp_path
         assert one[name].max() == pytest.approx(1e-3, rel=0.02) and both[name].max() == pytest.approx(largest, rel=0.02)
     want = logits(model)
     torch.testing.assert_close(logits(burnish.load(save(model, tmp_path))), want, atol=0, rtol=0)
+
+
+def test_generate_takes_the_columns_of_a_template(root, tmp_path, capsys):
+    template = "[P*2] {subject} likes [P]"
+    model = chain.apply(load(tiny.folder(root, "llama")), {"p_tuning": {"template": template}}, Context(seed=1))
+    save(chain.finalize(model), tmp_path / "tuned")
+    words = ["generate", str(tmp_path / "tuned"), "--max-new-tokens", "4", "--json"]
+    assert main([*words, "--values", "{subject: the cat}"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    again = load(tmp_path / "tuned")
+    config = GenerationConfig(max_new_tokens=4)
+    cat, dog = generate(again, [{"subject": "the cat"}, {"subject": "a dog", "prompt": ""}], config)
+    assert shown["ids"] == cat.ids
+    by_hand = Example([], [], fields={"subject": "a dog"})
+    assert generate(again, [by_hand], config)[0].ids == dog.ids
+    assert main([*words, "--values", "{object: x}"]) == 2
+    assert "columns are: prompt, object; generate takes others by --values '{subject: text}'" in capsys.readouterr().err
+    assert main([*words, "--values", "{subject: x}", "--chat"]) == 2
+    assert "leave chat away" in capsys.readouterr().err

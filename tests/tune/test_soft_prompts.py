@@ -209,3 +209,39 @@ def test_pseudo_tokens_that_all_rows_begin_with_are_computed_once(root, monkeypa
     assert once == count - shared * possible
     for ours, want in zip(found, each, strict=True):
         torch.testing.assert_close(ours, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "init"),
+    [
+        ({}, "vocabulary"),
+        ({"init_text": "the cat"}, "text"),
+        ({"init": "text", "init_text": "the cat"}, "text"),
+        ({"init_labels": ["yes", "no"]}, "labels"),
+    ],
+)
+def test_the_words_of_a_start_are_enough(root, options, init):
+    model = load(tiny.folder(root, "llama"))
+    table = model.net.embed_tokens.weight
+    chain.apply(model, {"prompt_tuning": {"num_virtual_tokens": 2, **options}})
+    assert chain.describe(model)[0]["config"]["init"] == init
+    words = {"text": ["the", "cat"], "labels": ["yes", "no"]}.get(init)
+    if words:
+        ids = model.tokenizer.convert_tokens_to_ids(words)
+        torch.testing.assert_close(model.net.techniques["prompt_tuning"].embedding.detach(), table[ids].detach())
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"init": "random", "init_text": "the"}, "init: random and init_text are different starts"),
+        ({"init": "labels", "init_text": "the"}, "init: labels and init_text are different starts"),
+        ({"init": "text", "init_labels": ["no"]}, "init: text and init_labels are different starts"),
+        ({"init_text": "the", "init_labels": ["no"]}, "init_text and init_labels are different starts"),
+        ({"init_text": ""}, "init_text is empty"),
+        ({"init": "text"}, "init_text is empty"),
+    ],
+)
+def test_starts_that_contradict_each_other_are_refused(root, options, reason):
+    with pytest.raises(UserError, match=reason):
+        chain.apply(load(tiny.folder(root, "llama")), {"prompt_tuning": options})

@@ -27,15 +27,25 @@ def run(config: MergeConfig) -> int:
     if not config.model or config.output_dir is None:
         raise UserError("merge: give the adapter's folder and --output-dir")
 
+    def read() -> Model:
+        model = load(config.model)
+        names = [link.name for link in model.chain]
+        if not names or model.whole:
+            raise UserError(
+                f"{config.model}: is a plain checkpoint already, with nothing to fold in; merge takes folders of lora, "
+                "ia3 or peft:*"
+            )
+        if not any(hasattr(chain.technique(name), "merge") for name in names):
+            what = ", ".join(names)
+            raise UserError(
+                f"{config.model}: holds {what}, which cannot be folded into the weights; mergeable: lora, ia3, peft:*"
+            )
+        return model
+
     def write(model: Model, place: Path) -> Made:
         notes = chain.merge(model)
         chain.finalize(model)
-        if not notes:
-            names = [link.name for link in model.chain] or "nothing"
-            raise UserError(
-                f"{config.model}: holds {names}, which cannot be folded into the weights; mergeable: lora, ia3, peft:*"
-            )
         save(model, place)
         return Made(notes, {"notes": notes})
 
-    return proven(lambda: load(config.model), write, config.output_dir, config)
+    return proven(read, write, config.output_dir, config)

@@ -13,14 +13,15 @@ import torch
 from burnish import chain, device
 from burnish.config import UserError, from_mapping, to_mapping
 from burnish.engine.progress import Terminal
-from burnish.engine.settings import TrainConfig
+from burnish.engine.settings import TrainConfig, check
 from burnish.engine.train import train
 from burnish.model.bundle import Context
 from burnish.plan import check_memory
-from burnish.store.checkpoint import load, save
+from burnish.store.checkpoint import based_on, load, read_json, save
+from burnish.store.classes import labels_of, lookup, names_of, whole
 from burnish.store.data import encode_classification, encode_rows
 from burnish.store.hub import resolve
-from burnish.store.rows import read_rows, split_rows
+from burnish.store.rows import read_rows, require_column, split_rows
 from burnish.store.take import LayersFrom, take
 from burnish.store.tensors import write_json
 
@@ -53,12 +54,58 @@ class TuneConfig(TrainConfig):
 
 
 def with_head(techniques: Sequence[Any], names: list[str]) -> list[Any]:
-    """The chain with a new head for the classes: its own `transfer`, told their number and names, or one before it."""
+    """The chain with a new head for the classes: its own `transfer`, told their number and names, or one before it.
+
+    Where its `label_names` are the classes' names, they take the order of `names`.
+    """
     head = {"num_labels": len(names), "label_names": names}
-    chained = [{item: None} if isinstance(item, str) else dict(item) for item in techniques]
+    chained: list[dict[str, Any]] = [{item: None} if isinstance(item, str) else dict(item) for item in techniques]
     if not any("transfer" in item for item in chained):
         return [{"transfer": head}, *techniques]
-    return [item | {"transfer": head | (item["transfer"] or {})} if "transfer" in item else item for item in chained]
+    for item in chained:
+        if "transfer" in item:
+            given = head | (item["transfer"] or {})
+            same = sorted(map(str, given["label_names"] or names)) == sorted(names)
+            item["transfer"] = given | ({"label_names": names} if same else {})
+    return chained
+
+
+def class_order(techniques: Sequence[Any], labels: list[str]) -> list[str]:
+    """What the data's sorted labels are looked up by, in the order of their classes: that of the chain's own
+    `label_names`, else as they are sorted.
+
+    Raises UserError where these names are not the labels, nor stand for numbers, and for a language-model head.
+    """
+    transfer = dict(chain.parse_chain(techniques)).get("transfer")
+    if transfer is not None and transfer.head == "lm":
+        raise UserError("label_column: it asks for a classifier, and transfer for head: lm; leave one of the two away")
+    if transfer is None or not transfer.label_names:
+        return labels
+    given = transfer.label_names
+    order = lookup(given, labels)
+    lacking = sorted(set(given) - set(labels)) if not all(map(whole, labels)) else []
+    if order is None or lacking or len(set(given)) < len(given):
+        raise UserError(
+            f"technique 'transfer': label_names {', '.join(given)} are not the data's labels, {', '.join(labels)}; "
+            "write these, each once, in the order of their classes"
+        )
+    return order
+
+
+def own_classes(folder: Path) -> list[str]:
+    """The names of the classes of a model that has a classifier's head already, else none."""
+    if folder.is_file():
+        return []
+    saved = read_json(folder / "burnish.json") if (folder / "burnish.json").exists() else {}
+    adapter = folder / "adapter_config.json"
+    base = read_json(adapter).get("base_model_name_or_path") if adapter.exists() else None
+    if adapter.exists() or not saved.get("complete", True):
+        folder = resolve(based_on(folder, {"base": base, **saved}))
+    hf_config = read_json(folder / "config.json")
+    links = {link["name"]: link["config"] for link in saved.get("chain", [])}
+    new = links.get("transfer", {}).get("head") == "classification"  # T5's, which no architecture tells
+    architecture = (hf_config.get("architectures") or [""])[0]
+    return names_of(hf_config) if new or architecture.endswith("ForSequenceClassification") else []
 
 
 def run(config: TuneConfig) -> int:
@@ -76,8 +123,16 @@ def run(config: TuneConfig) -> int:
     techniques = list(config.techniques)
     names: list[str] = []
     if config.label_column:
-        names = sorted({str(row.get(config.label_column, "")) for row in rows})
-        techniques = with_head(techniques, names)
+        require_column(rows, config.label_column, config.data)
+        labels = labels_of(rows, config.label_column) or [""]
+        own = own_classes(folder) if "transfer" not in dict(chain.parse_chain(techniques)) else []
+        kept = lookup(own, labels)
+        names = kept or class_order(techniques, labels)
+        techniques = techniques if kept else with_head(techniques, names)
+        if kept:
+            print(f"the model keeps its head for {', '.join(own)}; with transfer in techniques it gets a new one")
+    elif config.text_columns:
+        raise UserError("text_columns: they are classified; name the column of the class, as in --label-column label")
     chain.parse_chain(techniques)
     check_memory(
         folder,
@@ -104,12 +159,12 @@ def run(config: TuneConfig) -> int:
     examples, held_examples = encoded(rows, config.data), encoded(held, config.eval_data or config.data) if held else []
     torch.manual_seed(config.seed)
     chain.apply(model, techniques, Context(seed=config.seed, examples=examples))
-    if names and model.spec.head != "classification":
-        raise UserError("label_column: the techniques put a language model's head on; leave one of the two away")
+    settings = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
+    training = from_mapping(TrainConfig, settings, "tune")
+    check(model, examples, training, held_examples)
     count, total = sum(p.numel() for p in model.trainable().values()), model.parameter_count()
     print(f"{len(examples)} examples; {count:,} of {total:,} parameters train ({count / total:.2%})")
-    settings = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
-    result = train(model, examples, from_mapping(TrainConfig, settings, "tune"), held_examples or None, Terminal())
+    result = train(model, examples, training, held_examples or None, Terminal())
     chain.finalize(model)
     save(model, config.output_dir)
     write_json(to_mapping(config), Path(config.output_dir) / "tune.json")
