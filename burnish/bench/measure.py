@@ -53,8 +53,8 @@ class EvalConfig:
 def measure(model: Model, task: Task | str | Mapping[str, Any], rows: Sequence[Example] | None = None) -> float:
     """The metric of `task` (a Task, a built-in name, or a mapping of `TaskConfig`) over its test rows.
 
-    `rows` replaces the test rows by examples already encoded, without the chain's `encode` hooks. Raises UserError for a
-    model whose head does not give what the metric compares.
+    `rows` replaces the test rows by examples already encoded, without the chain's `encode` hooks. Raises UserError for
+    a model whose head does not give what the metric compares.
     """
     if not isinstance(task, Task):
         task = load_task(parse_task(task))

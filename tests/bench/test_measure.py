@@ -176,3 +176,13 @@ def test_techniques_see_the_rows_that_they_train_on(root, tmp_path, classified):
     ids = torch.tensor([6 + tiny.WORDS.index(word) for word in words])
     prompt = model.net.techniques["prompt_tuning"].embedding
     torch.testing.assert_close(prompt.detach(), model.net.embed_tokens(ids).detach())
+
+
+def test_auto_ranks_choices_of_own_rows(tmp_path):
+    rows = [{"prompt": "is it red ?", "completion": " yes", "choices": [" yes", " no"]}] * 2
+    some = [*rows, {**rows[0], "choices": None}]
+    for name, lines, metric in (("all", rows, "rank_classification"), ("some", some, "exact_match")):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+        assert load_task(parse_task({"name": "x", "data": str(path), "eval_data": str(path)})).metric == metric
+    assert load_task(parse_task("reviews")).metric == "exact_match"
