@@ -48,6 +48,14 @@ class DataclassType(Protocol):
 C = TypeVar("C", bound=DataclassType)
 
 
+def option(default: Any, text: str) -> Any:
+    """A field with its help text; each object gets a list or a mapping of its own."""
+    metadata = {"help": text}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """ " (did you mean 'x'?)", or "" where no choice is near."""
     found = difflib.get_close_matches(word, list(choices), n=1)

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from burnish.compress import calibration, scaling
+from burnish.compress.calibration import HELP
 from burnish.compress.grouped import Form
 from burnish.compress.scaling import Fold, Inputs
+from burnish.config import option
 from burnish.model.bundle import Context, Model
 
 NAME = "awq"
@@ -29,13 +31,13 @@ CALIBRATES = True
 
 @dataclass(frozen=True)
 class Config:
-    """`bits`, `group_size` and `sym` of the rounding that follows; `nsamples` rows of `max_length` tokens calibrate."""
+    """The rounding that follows, and how it is calibrated."""
 
-    bits: int = 4
-    group_size: int = 128
-    sym: bool = True
-    nsamples: int = 128
-    max_length: int = 512
+    bits: int = option(4, "of the rounding that follows")
+    group_size: int = option(128, "of the rounding that follows")
+    sym: bool = option(True, "of the rounding that follows")
+    nsamples: int = option(128, HELP["nsamples"])
+    max_length: int = option(512, HELP["max_length"])
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:

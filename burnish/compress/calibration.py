@@ -31,6 +31,7 @@ TOKENS = 2048  # of a batch
 LONGEST = 1 << 20  # of a built-in sample, in documents
 KEPT = 1 << 28  # bytes of what one projection reads that may be kept
 PIECE, ROWS = 1 << 19, 128  # weights that are worked on together, and at least so many rows
+HELP = {"nsamples": "rows that calibrate", "max_length": "tokens of each of them"}
 
 
 class Stop(Exception):

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from burnish.config import UserError
+from burnish.config import UserError, option
 from burnish.model.linear import Spans, Weight, take
+from burnish.model.surgery import TARGETS
 from burnish.native import products
 
 BLOCK, CONSTANT_BLOCK = 64, 256
@@ -29,10 +30,10 @@ PIECE = BLOCK << 14  # weights quantised at a time, which bounds the temporaries
 
 @dataclass(frozen=True)
 class Config:
-    """`target_modules` as for LoRA; `double_quant` quantises the blocks' constants too."""
+    """NF4's and FP4's."""
 
-    target_modules: list[str] | str = "all-linear"
-    double_quant: bool = True
+    target_modules: list[str] | str = option("all-linear", TARGETS)
+    double_quant: bool = option(True, "the blocks' constants are quantised too, in blocks of 256")
 
     def without(self, paths: Sequence[str]) -> Config:
         """Where the projections at `paths` are no longer stored this way."""

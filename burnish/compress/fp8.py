@@ -19,9 +19,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from burnish.config import option
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import Spans, Weight, take
-from burnish.model.surgery import reserve, store
+from burnish.model.surgery import TARGETS, reserve, store
 from burnish.native import products
 
 CHANGES_BASE = True
@@ -32,10 +33,10 @@ UNIT = 16  # the hardware multiplies matrices whose sides it divides
 
 @dataclass(frozen=True)
 class Config:
-    """`target_modules` as for LoRA; the head and the embeddings stay. `activation_scheme`: none, or dynamic."""
+    """Which weights, and whether activations too."""
 
-    target_modules: list[str] | str = "all-linear"
-    activation_scheme: Literal["none", "dynamic"] = "none"
+    target_modules: list[str] | str = option("all-linear", TARGETS)
+    activation_scheme: Literal["none", "dynamic"] = option("none", "dynamic: each token's activations are FP8 too")
 
     def without(self, paths: Sequence[str]) -> Config:
         """Where the projections at `paths` are no longer stored this way."""

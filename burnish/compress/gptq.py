@@ -12,18 +12,18 @@ The layers are taken in turn, each calibrated on what the quantised ones before 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from burnish import device
 from burnish.compress import calibration
-from burnish.compress.grouped import Form, Grouped
-from burnish.config import UserError
+from burnish.compress.grouped import HELP, Form, Grouped
+from burnish.config import UserError, option
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import Dense, Linear
-from burnish.model.surgery import by_path, linears, select
+from burnish.model.surgery import TARGETS, by_path, linears, select
 from burnish.native import plane
 
 NAME = "gptq"
@@ -38,21 +38,18 @@ CALIBRATES = True
 
 @dataclass(frozen=True)
 class Config:
-    """`bits`, `bits_pattern`, `group_size` and `sym` as for `int_groups`. `desc_act`: the inputs with the largest
-    activations first; `static_groups`: groups of neighbours all the same, with grids from the weights as they were.
-    `nsamples` rows of `max_length` tokens calibrate. `target_modules` as for LoRA; the head and the embeddings stay.
-    """
+    """The form of the numbers, and how they are calibrated."""
 
-    bits: int = 4
-    group_size: int = 128
-    sym: bool = True
-    desc_act: bool = True
-    static_groups: bool = True
-    damp_percent: float = 0.01
-    nsamples: int = 128
-    max_length: int = 512
-    target_modules: list[str] | str = "all-linear"
-    bits_pattern: dict[str, int] = field(default_factory=dict)
+    bits: int = option(4, HELP["bits"])
+    group_size: int = option(128, HELP["group_size"])
+    sym: bool = option(True, HELP["sym"])
+    desc_act: bool = option(True, "the inputs with the largest activations first")
+    static_groups: bool = option(True, "groups of neighbours all the same, with grids from the weights as they were")
+    damp_percent: float = option(0.01, "what is added to H's diagonal, over its mean")
+    nsamples: int = option(128, calibration.HELP["nsamples"])
+    max_length: int = option(512, calibration.HELP["max_length"])
+    target_modules: list[str] | str = option("all-linear", TARGETS)
+    bits_pattern: dict[str, int] = option({}, HELP["bits_pattern"])
 
     def form(self, path: str) -> Form:
         """Of one projection, the pattern being resolved to paths."""

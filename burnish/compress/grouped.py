@@ -24,6 +24,12 @@ BITS = (2, 3, 4, 8)
 UNIT = 32  # inputs that the kernels scale at once
 KINDS = {2: products.GROUPED_2, 3: products.GROUPED_3, 4: products.GROUPED, 8: products.GROUPED_8}
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # positive numbers of float16
+HELP = {  # of the options that say how matrices are stored
+    "bits": "2, 3, 4 or 8",
+    "group_size": "inputs that share a scale; -1: all of a row",
+    "sym": "no zero points",
+    "bits_pattern": "other bits by a regular expression over the ends of projections' names, as LoRA's rank_pattern",
+}
 
 
 @dataclass(frozen=True)

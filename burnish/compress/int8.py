@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from burnish.config import UserError
+from burnish.config import UserError, option
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import Spans, Weight, take
-from burnish.model.surgery import reserve, store
+from burnish.model.surgery import TARGETS, reserve, store
 from burnish.native import products
 
 CHANGES_BASE = True
@@ -34,11 +34,12 @@ PIECE = 1 << 18  # weights rounded at a time
 
 @dataclass(frozen=True)
 class Config:
-    """`target_modules` as for LoRA; the head and the embeddings stay. `llm_int8_threshold` 0 quantises weights alone;
-    above, activations too, but for columns that reach it."""
+    """Which weights, and whether activations too."""
 
-    target_modules: list[str] | str = "all-linear"
-    llm_int8_threshold: float = 0.0
+    target_modules: list[str] | str = option("all-linear", TARGETS)
+    llm_int8_threshold: float = option(
+        0.0, "above 0 activations are int8 too, but for columns that reach it, as in LLM.int8 with 6; 0: weights alone"
+    )
 
     def without(self, paths: Sequence[str]) -> Config:
         """Where the projections at `paths` are no longer stored this way."""

@@ -1,17 +1,18 @@
 """Whole numbers of 2, 3, 4 or 8 bits in groups, rounded to the nearest: no data needed.
 
 Each group of a row's inputs is stored on its own grid (`grouped.py` has the equations). GPTQ chooses better codes on
-the same grids where there is text to calibrate on.
+the same grids where there is text to calibrate on. Source: RTN, the baseline of GPTQ (arXiv 2210.17323), section 4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from burnish.compress.grouped import Form, Grouped
+from burnish.compress.grouped import HELP, Form, Grouped
+from burnish.config import option
 from burnish.model.bundle import Context, Model
-from burnish.model.surgery import by_path, linears, select, store_one
+from burnish.model.surgery import TARGETS, by_path, linears, select, store_one
 
 CHANGES_BASE = True
 STORES_ANEW = True
@@ -19,19 +20,14 @@ STORES_ANEW = True
 
 @dataclass(frozen=True)
 class Config:
-    """`bits` 2, 3, 4 or 8; `group_size` inputs share a scale, -1: all of a row; not `sym`: zero points too.
+    """The form of the numbers, and which weights."""
 
-    `bits_pattern`: other bits by a regular expression over the ends of projections' paths, as LoRA's `rank_pattern`.
-    `ordered`, where a checkpoint's groups are of inputs in another order than the layer's. `target_modules` as for
-    LoRA; the head and the embeddings stay.
-    """
-
-    bits: int = 4
-    group_size: int = 128
-    sym: bool = True
-    target_modules: list[str] | str = "all-linear"
-    ordered: bool = False
-    bits_pattern: dict[str, int] = field(default_factory=dict)
+    bits: int = option(4, HELP["bits"])
+    group_size: int = option(128, HELP["group_size"])
+    sym: bool = option(True, HELP["sym"])
+    target_modules: list[str] | str = option("all-linear", TARGETS)
+    ordered: bool = option(False, "follows: whether a checkpoint's groups are of inputs in another order")
+    bits_pattern: dict[str, int] = option({}, HELP["bits_pattern"])
 
     def form(self, path: str) -> Form:
         """Of one projection, the pattern being resolved to paths."""

@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from burnish.config import UserError
+from burnish.config import UserError, option
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import Dense, Linear
-from burnish.model.surgery import linears, select
+from burnish.model.surgery import TARGETS, linears, select
 
 NAME = "magnitude"
 
@@ -29,13 +29,12 @@ CHANGES_BASE = True
 
 @dataclass(frozen=True)
 class Config:
-    """`sparsity`: share of zeros. `pattern`: "unstructured", or "n:m" to keep n of every m inputs. `scope`: rank
-    weights within each matrix ("layer") or over all of them ("global")."""
+    """How many weights become zero, and where."""
 
-    sparsity: float = 0.5
-    pattern: str = "unstructured"
-    scope: Literal["layer", "global"] = "layer"
-    target_modules: list[str] | str = "all-linear"
+    sparsity: float = option(0.5, "share of zeros")
+    pattern: str = option("unstructured", "unstructured, or n:m to keep n of every m inputs, as 2:4")
+    scope: Literal["layer", "global"] = option("layer", "rank weights within each matrix, or over all of them")
+    target_modules: list[str] | str = option("all-linear", TARGETS)
 
 
 class Masks(nn.Module):

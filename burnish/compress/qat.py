@@ -2,9 +2,10 @@
 
     y = Q(W) x,    dL/dW = dL/dQ(W),    Q: to the nearest on each group's grid, as `int_groups` stores it
 
-The rounding's gradient is taken for 1 (straight-through: arXiv 1308.3432, section 4) and grids for constants, made anew
-from the smallest to the largest weight at every step (arXiv 1712.05877, section 3; LLM-QAT, arXiv 2305.17888, section
-2.2). Such grids leave no weight further than a step outside, so that no gradient is cut.
+The rounding's gradient is taken for 1 (straight-through) and grids for constants, made anew from the smallest to the
+largest weight at every step. Source: arXiv 1308.3432, section 4 (straight-through); arXiv 1712.05877, section 3, and
+LLM-QAT (arXiv 2305.17888), section 2.2 (the grids). Such grids leave no weight further than a step outside, so that no
+gradient is cut.
 
 Alone it trains all of the network, and `finalize` stores what the products saw: the same codes, to the last bit. Behind
 LoRA, [lora, qat], only A and B train, through Q(W + s B A); the adapter stays one until it is merged, and then codes
@@ -25,11 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from burnish.compress.grouped import Form, Grouped
-from burnish.config import UserError
+from burnish.compress.grouped import HELP, Form, Grouped
+from burnish.config import UserError, option
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import Dense, Linear, arithmetic, by_tokens, is_flat
-from burnish.model.surgery import linears, select
+from burnish.model.surgery import TARGETS, linears, select
 from burnish.model.surgery import replace as put
 from burnish.tune.unfreeze import unfreeze
 
@@ -38,16 +39,15 @@ NAME = "qat"
 
 @dataclass(frozen=True)
 class Config:
-    """`bits`, `group_size`, `sym` and `target_modules` as for `int_groups`. `full`, whether all of the network trains,
-    and `finalized` follow. `distill`, behind LoRA: the base is the teacher."""
+    """The form of the numbers, and what trains."""
 
-    bits: int = 4
-    group_size: int = 128
-    sym: bool = True
-    target_modules: list[str] | str = "all-linear"
-    distill: bool = False
-    full: bool = True
-    finalized: bool = False
+    bits: int = option(4, HELP["bits"])
+    group_size: int = option(128, HELP["group_size"])
+    sym: bool = option(True, HELP["sym"])
+    target_modules: list[str] | str = option("all-linear", TARGETS)
+    distill: bool = option(False, "behind LoRA: the base is the teacher")
+    full: bool = option(True, "follows: whether all of the network trains, as without LoRA")
+    finalized: bool = option(False, "follows: whether the numbers are stored")
 
     @property
     def form(self) -> Form:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from burnish.compress import scaling
+from burnish.compress.calibration import HELP
 from burnish.compress.scaling import Fold, Inputs
-from burnish.config import UserError
+from burnish.config import UserError, option
 from burnish.model.bundle import Context, Model
 
 NAME = "smoothquant"
@@ -29,11 +30,11 @@ CALIBRATES = True
 
 @dataclass(frozen=True)
 class Config:
-    """`alpha`: 0 leaves the activations as they are, 1 all to the weights. `nsamples` rows of `max_length` tokens."""
+    """How much moves, and how it is calibrated."""
 
-    alpha: float = 0.5
-    nsamples: int = 128
-    max_length: int = 512
+    alpha: float = option(0.5, "0 leaves the activations as they are, 1 moves all to the weights")
+    nsamples: int = option(128, HELP["nsamples"])
+    max_length: int = option(512, HELP["max_length"])
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:

@@ -21,24 +21,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from burnish.config import UserError
+from burnish.config import UserError, option
 from burnish.model.bundle import Context, Model
 from burnish.model.patterns import BigBird, Window
 
 
 @dataclass(frozen=True)
 class Config:
-    """`sliding_window` counts positions, the query's own included, to either side in an encoder. The others are
-    BigBird's: `block_size` counts positions, `global_blocks` are at the beginning, `window_blocks`, an odd number,
-    around the query's own, and `random_blocks` are drawn for each block from `seed`."""
+    """The pattern and its sizes."""
 
-    pattern: Literal["window", "bigbird"] = "bigbird"
-    sliding_window: int = 512
-    block_size: int = 64
-    global_blocks: int = 2
-    window_blocks: int = 3
-    random_blocks: int = 3
-    seed: int = 0
+    pattern: Literal["window", "bigbird"] = option("bigbird", "a window, or BigBird's blocks")
+    sliding_window: int = option(512, "window: positions, the query's own included; in an encoder to either side")
+    block_size: int = option(64, "bigbird: positions of a block")
+    global_blocks: int = option(2, "bigbird: blocks at the beginning that see, and are seen by, all")
+    window_blocks: int = option(3, "bigbird: blocks around the query's own, an odd number")
+    random_blocks: int = option(3, "bigbird: blocks drawn for each block")
+    seed: int = option(0, "bigbird: what they are drawn from")
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:

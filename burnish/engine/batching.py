@@ -19,10 +19,10 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import SimpleQueue
 from types import EllipsisType
-from typing import Any, Literal
+from typing import Literal
 from weakref import WeakValueDictionary
 
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from burnish import chain
 from burnish.chain import Model
-from burnish.config import Bytes, UserError
+from burnish.config import Bytes, UserError, option
 from burnish.engine.blocks import Blocks
 from burnish.engine.chooser import Chooser, not_numbers
 from burnish.engine.decoding import LOOPS, GenerationConfig
@@ -43,19 +43,15 @@ from burnish.model.transformer import Transformer
 from burnish.place.fused import Stepper, stepper_of, stepping
 
 
-def _field(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class BatchConfig:
     """How requests share a model. Raises UserError for a number that makes no sense."""
 
-    kv_memory: Bytes = _field(1 << 30, "bytes of all keys and values together, taken from the start")
-    kv_cache_dtype: Literal["auto", "int8"] = _field("auto", "keys and values as the model computes them, or in 8 bits")
-    block_size: int = _field(16, "tokens of a block of keys and values; full ones are shared")
-    max_batch_size: int = _field(16, "most requests that run at once")
-    max_batch_tokens: int = _field(512, "most tokens of a step: prompts are read in chunks")
+    kv_memory: Bytes = option(1 << 30, "bytes of all keys and values together, taken from the start")
+    kv_cache_dtype: Literal["auto", "int8"] = option("auto", "keys and values as the model computes them, or in 8 bits")
+    block_size: int = option(16, "tokens of a block of keys and values; full ones are shared")
+    max_batch_size: int = option(16, "most requests that run at once")
+    max_batch_tokens: int = option(512, "most tokens of a step: prompts are read in chunks")
 
     def __post_init__(self) -> None:
         for name in ("kv_memory", "block_size", "max_batch_size"):

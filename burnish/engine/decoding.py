@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from burnish.config import UserError
+from burnish.config import UserError, option
 
 AT_LEAST = {
     "max_new_tokens": 1,
@@ -30,43 +30,39 @@ LOOPS = {  # what replaces one token a step, and what each is called
 }
 
 
-def _field(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class GenerationConfig:
     """How to continue a prompt, under Hugging Face's names. Raises UserError for a setting that makes no sense."""
 
-    max_new_tokens: int = _field(64, "most tokens generated for a prompt")
-    min_new_tokens: int = _field(0, "tokens before which an end token is not chosen")
-    do_sample: bool = _field(False, "draw tokens at random; otherwise always the most likely one")
-    temperature: float = _field(1.0, "when sampling: below 1 sharper, above 1 flatter")
-    top_k: int = _field(0, "when sampling: only the k most likely tokens; 0: all")
-    top_p: float = _field(1.0, "when sampling: only the most likely tokens that together reach this probability")
-    min_p: float = _field(0.0, "when sampling: only tokens at least this share as likely as the likeliest; 0: all")
-    typical_p: float = _field(1.0, "when sampling: only the most typical tokens that together reach this probability")
-    repetition_penalty: float = _field(
+    max_new_tokens: int = option(64, "most tokens generated for a prompt")
+    min_new_tokens: int = option(0, "tokens before which an end token is not chosen")
+    do_sample: bool = option(False, "draw tokens at random; otherwise always the most likely one")
+    temperature: float = option(1.0, "when sampling: below 1 sharper, above 1 flatter")
+    top_k: int = option(0, "when sampling: only the k most likely tokens; 0: all")
+    top_p: float = option(1.0, "when sampling: only the most likely tokens that together reach this probability")
+    min_p: float = option(0.0, "when sampling: only tokens at least this share as likely as the likeliest; 0: all")
+    typical_p: float = option(1.0, "when sampling: only the most typical tokens that together reach this probability")
+    repetition_penalty: float = option(
         1.0, "above 1 makes tokens of the reply, and of a prompt it goes on, less likely"
     )
-    presence_penalty: float = _field(0.0, "taken from the logit of each token that the reply has")
-    frequency_penalty: float = _field(0.0, "taken from a token's logit for each time that the reply has it")
-    no_repeat_ngram_size: int = _field(
+    presence_penalty: float = option(0.0, "taken from the logit of each token that the reply has")
+    frequency_penalty: float = option(0.0, "taken from a token's logit for each time that the reply has it")
+    no_repeat_ngram_size: int = option(
         0, "no sequence of so many tokens comes twice, unless nothing else may follow (see choices); 0: any may"
     )
-    num_beams: int = _field(1, "beam search: so many continuations are followed, and the likeliest is given")
-    num_beam_groups: int = _field(1, "beam search: groups that keep away from each other's tokens")
-    diversity_penalty: float = _field(0.0, "beam search: taken for each earlier group that chose the same token")
-    length_penalty: float = _field(1.0, "beam search: log-probabilities are divided by length to this power")
-    early_stopping: bool = _field(False, "beam search: stop once as many replies as beams have ended")
-    penalty_alpha: float = _field(0.0, "contrastive search: weight of being unlike what was said; needs top_k")
-    prompt_lookup_num_tokens: int = _field(
+    num_beams: int = option(1, "beam search: so many continuations are followed, and the likeliest is given")
+    num_beam_groups: int = option(1, "beam search: groups that keep away from each other's tokens")
+    diversity_penalty: float = option(0.0, "beam search: taken for each earlier group that chose the same token")
+    length_penalty: float = option(1.0, "beam search: log-probabilities are divided by length to this power")
+    early_stopping: bool = option(False, "beam search: stop once as many replies as beams have ended")
+    penalty_alpha: float = option(0.0, "contrastive search: weight of being unlike what was said; needs top_k")
+    prompt_lookup_num_tokens: int = option(
         0, "speculation: so many tokens are guessed from the text so far and tried at once; the reply is the same"
     )
-    assistant_model: str = _field(
+    assistant_model: str = option(
         "", "speculation: a smaller model of the same tokens (an n-gram model, say), whose likeliest tokens are tried"
     )
-    num_assistant_tokens: int = _field(8, "most tokens of the smaller model that are tried at once")
+    num_assistant_tokens: int = option(8, "most tokens of the smaller model that are tried at once")
     choices: list[str] = field(
         default_factory=list, metadata={"help": "the reply is one of these texts, a space before it apart"}
     )
@@ -75,9 +71,9 @@ class GenerationConfig:
         default_factory=list, metadata={"help": 'texts that end the reply and are left off, as in ["\\n", "User:"]'}
     )
     stop_token_ids: list[int] = field(default_factory=list, metadata={"help": "tokens that end the reply"})
-    seed: int = _field(0, "seed of the draws")
-    batch_size: int = _field(16, "prompts continued at once")
-    fused: bool = _field(
+    seed: int = option(0, "seed of the draws")
+    batch_size: int = option(16, "prompts continued at once")
+    fused: bool = option(
         True, "decode on the fast path, whole layers in C or CUDA graphs, where device and model allow it"
     )
 

@@ -17,6 +17,7 @@ from burnish.model.linear import Linear, Weight
 from burnish.model.network import Network
 
 ROWS = 256  # of a matrix that are compared together, as many as `Weight.expand` begins at multiples of
+TARGETS = "projections, by names in burnish's or Hugging Face's words, all-linear, or a regular expression over paths"
 
 
 def linears(net: Network) -> Iterator[tuple[str, Linear]]:

@@ -3,10 +3,10 @@
     y = W x + b,    out = y + U f(D y + d) + u,    D in R^{size x hidden} Gaussian, U in R^{hidden x size} zero
 
 so that training starts at the base's outputs. They stand where a sub-block's output projection ends, before the
-residual is added: behind attention and feed-forward, with trained layer norms and classification head ("houlsby":
-arXiv 1902.00751, section 2.1), or behind the feed-forward alone ("pfeiffer": AdapterFusion, arXiv 2005.00247, section
-3.1; here at the same place, not behind the sum and its norm). The projection may have any `Weight`; D and U are kept in
-float32 and applied in the activations' dtype.
+residual is added: behind attention and feed-forward, with trained layer norms and classification head ("houlsby"), or
+behind the feed-forward alone ("pfeiffer"; here at the same place, not behind the sum and its norm). Source: arXiv
+1902.00751, section 2.1, for houlsby; AdapterFusion (arXiv 2005.00247), section 3.1, for pfeiffer. The projection may
+have any `Weight`; D and U are kept in float32 and applied in the activations' dtype.
 
 Limits: nothing to merge, as f is not linear; models through transformers need output projections with a usual name;
 saved in burnish's own format, as peft has no bottleneck adapters.
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from burnish.config import UserError
+from burnish.config import UserError, option
 from burnish.model.bundle import Context, Model
 from burnish.model.network import Network
 from burnish.model.surgery import replace as put
@@ -35,15 +35,16 @@ STD = 0.01  # of D's start, cut at two of them (Houlsby et al., section 3.1)
 
 @dataclass(frozen=True)
 class Config:
-    """`reduction_factor`: hidden size over bottleneck, instead of `size`. `train_norms`, and `train_head` of a
-    classifier: None for the placement's own, True for houlsby."""
+    """Where the adapters stand and what trains beside them."""
 
-    size: int = 64
-    reduction_factor: float | None = None
-    placement: Literal["houlsby", "pfeiffer"] = "houlsby"
-    activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "gelu"
-    train_norms: bool | None = None
-    train_head: bool | None = None
+    size: int = option(64, "units of the bottleneck")
+    reduction_factor: float | None = option(None, "hidden size over bottleneck, instead of size")
+    placement: Literal["houlsby", "pfeiffer"] = option(
+        "houlsby", "behind attention and feed-forward, or behind the feed-forward alone"
+    )
+    activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = option("gelu", "function between the two layers")
+    train_norms: bool | None = option(None, "layer norms train too; none: with houlsby")
+    train_head: bool | None = option(None, "a classifier's head trains too; none: with houlsby")
 
 
 class Adapter(nn.Module):

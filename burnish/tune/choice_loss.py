@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from burnish.config import UserError
+from burnish.config import UserError, option
 from burnish.model.bundle import Context, Model
 from burnish.model.example import Example
 from burnish.model.scoring import label_log_probabilities, means
@@ -38,9 +38,9 @@ LACKING = (
 class Config:
     """Which of the three are added up."""
 
-    lm: bool = True
-    unlikelihood: bool = True
-    length_normalised: bool = True
+    lm: bool = option(True, "L_LM: raise the right choice")
+    unlikelihood: bool = option(True, "L_UL: lower the wrong ones")
+    length_normalised: bool = option(True, "L_LN: the right one above the wrong ones, by log-probability per token")
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:

@@ -1,7 +1,8 @@
 """Full fine-tuning: every floating parameter of the network trains.
 
 The reference that the other techniques are held against, and, on a fresh network, pretraining. Weights that are
-stored quantised cannot train and stay frozen. Limits: with AdamW in float32 it needs 16 bytes per parameter.
+stored quantised cannot train and stay frozen. Source: the common practice; rates by layer are ULMFiT's (arXiv
+1801.06146). Limits: with AdamW in float32 it needs 16 bytes per parameter.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from burnish.config import option
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import Dense, Weight
-from burnish.tune.unfreeze import check_decay, layer_groups, unfreeze
+from burnish.tune.unfreeze import DECAY, check_decay, layer_groups, unfreeze
 
 log = logging.getLogger(__name__)
 CHANGES_BASE = True
@@ -21,9 +23,9 @@ PLAIN = True
 
 @dataclass(frozen=True)
 class Config:
-    """`layer_lr_decay`: the learning rate of a layer over that of the one above it; the head's is the run's."""
+    """All weights train."""
 
-    layer_lr_decay: float = 1.0
+    layer_lr_decay: float = option(1.0, DECAY)
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:

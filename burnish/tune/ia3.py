@@ -20,23 +20,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from burnish.config import UserError
+from burnish.config import UserError, option
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import Linear
+from burnish.model.surgery import TARGETS, select
 from burnish.model.surgery import replace as put
-from burnish.model.surgery import select
 from burnish.tune.folding import fold
 from burnish.tune.roles import projections
 
 
 @dataclass(frozen=True)
 class Config:
-    """`target_modules`: projections whose outputs are scaled; `feedforward_modules`: those whose inputs are, whether
-    or not `target_modules` names them too. Names as LoRA's; None for the paper's, or with `peft_compatible` peft's."""
+    """Which projections are scaled."""
 
-    peft_compatible: bool = False
-    target_modules: list[str] | str | None = None
-    feedforward_modules: list[str] | str | None = None
+    peft_compatible: bool = option(
+        False, "scale what peft's IA3 does: fused projections whole, and in some families queries instead of keys"
+    )
+    target_modules: list[str] | str | None = option(
+        None, f"what has its outputs scaled: {TARGETS}; none: the paper's keys and values, or peft's"
+    )
+    feedforward_modules: list[str] | str | None = option(
+        None, "what has its inputs scaled, whether or not target_modules names them too; none: as above"
+    )
 
 
 class Scaled(nn.Module):

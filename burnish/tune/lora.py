@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -28,35 +28,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from burnish.config import UserError, nearest
+from burnish.config import UserError, nearest, option
 from burnish.model.bundle import Context, Model
 from burnish.model.linear import ROUNDED_TOKENS, Dense, Linear, Weight, arithmetic, by_tokens, is_flat
 from burnish.model.network import Network
-from burnish.model.surgery import by_path, select
+from burnish.model.surgery import TARGETS, by_path, select
 from burnish.model.surgery import replace as put
 from burnish.tune.folding import fold
 
 
 @dataclass(frozen=True)
 class Config:
-    """`target_modules`: names in burnish's or Hugging Face's words, "all-linear", or a regular expression over whole
-    paths; None for the family's query and value projections (section 4.2).
+    """Options have peft's names and meaning."""
 
-    `bias`: which biases of the base train. `modules_to_save`: ends of names of modules that train whole, such as
-    lm_head or norm. `rank_pattern` and `alpha_pattern`: other r and lora_alpha by a regular expression over the ends of
-    names.
-    """
-
-    r: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    target_modules: list[str] | str | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
-    bias: Literal["none", "all", "lora_only"] = "none"
-    modules_to_save: list[str] | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    r: int = option(8, "rank of the correction")
+    lora_alpha: float = option(16.0, "the correction is scaled by lora_alpha / r")
+    lora_dropout: float = option(0.0, "share of a projection's inputs that the correction does not see in training")
+    target_modules: list[str] | str | None = option(
+        None, f"{TARGETS}; none: the family's query and value projections (section 4.2)"
+    )
+    use_rslora: bool = option(False, "rank-stabilised LoRA: scale by lora_alpha / sqrt(r)")
+    use_dora: bool = option(False, "DoRA (arXiv 2402.09353): the lengths of the weight's rows train too")
+    bias: Literal["none", "all", "lora_only"] = option("none", "which biases of the base train")
+    modules_to_save: list[str] | None = option(
+        None, "ends of names of modules that train whole and are saved with the adapter, as lm_head or norm"
+    )
+    rank_pattern: dict[str, int] = option({}, "another r by a regular expression over the ends of projections' names")
+    alpha_pattern: dict[str, float] = option({}, "another lora_alpha, in the same way")
 
     def of(self, path: str) -> Config:
         """The config of one projection, the patterns being resolved to paths."""

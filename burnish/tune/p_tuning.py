@@ -18,7 +18,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from burnish.config import UserError, nearest
+from burnish.config import UserError, nearest, option
 from burnish.model import soft
 from burnish.model.bundle import Context, Model
 from burnish.model.example import IGNORE, Example, at_mask
@@ -31,14 +31,18 @@ PART = re.compile(r"\[P(?:\*(\d+))?\]|\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Config:
-    """`template`: [P*n] is n pseudo tokens, {prompt} the example's prompt, {column} a column's text, the rest literal
-    text; the completion follows. In a template for a masked language model [MASK] takes the completion's place.
-    `learning_rate`: the prompt encoder's own, 0 for the run's."""
+    """The template and its encoder."""
 
-    template: str = "[P*3] {prompt} [P*3]"
-    encoder: Literal["lstm", "mlp", "embedding"] = "lstm"
-    learning_rate: float = 0.0
-    finalized: bool = False
+    template: str = option(
+        "[P*3] {prompt} [P*3]",
+        "[P*n] is n pseudo tokens, {prompt} the example's prompt, {column} a column's text, [MASK] the place of a "
+        "masked language model's completion, which else follows; the rest is literal text",
+    )
+    encoder: Literal["lstm", "mlp", "embedding"] = option(
+        "lstm", "what writes the pseudo tokens: LSTM and MLP, the MLP alone, or an embedding for each"
+    )
+    learning_rate: float = option(0.0, "the prompt encoder's own; 0: the run's")
+    finalized: bool = option(False, "follows: whether only the encoder's outputs are left")
 
 
 class PromptEncoder(nn.Module):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from burnish.config import UserError
+from burnish.config import UserError, option
 from burnish.model.bundle import Context, Model
 from burnish.model.cache import Prefix
 from burnish.model.transformer import Transformer
@@ -28,13 +28,14 @@ NAME = "p_tuning_v2"
 
 @dataclass(frozen=True)
 class Config:
-    """Short prefixes (under 20) go with simple classification, long ones (100) with hard tasks (section 4.4).
-    `prefix_projection`: reparametrise by an MLP with `encoder_hidden_size` units."""
+    """The prefix and its reparametrisation."""
 
-    num_virtual_tokens: int = 20
-    prefix_projection: bool = False
-    encoder_hidden_size: int = 512
-    finalized: bool = False
+    num_virtual_tokens: int = option(
+        20, "positions of the prefix, in every layer: under 20 for simple classification, 100 for hard tasks"
+    )
+    prefix_projection: bool = option(False, "reparametrise by an MLP while training")
+    encoder_hidden_size: int = option(512, "units of that MLP")
+    finalized: bool = option(False, "follows: whether only keys and values are left")
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:

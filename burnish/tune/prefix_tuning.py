@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from burnish.config import UserError
+from burnish.config import UserError, option
 from burnish.model import soft
 from burnish.model.bundle import Context, Model
 from burnish.model.cache import Prefix
@@ -29,14 +29,15 @@ NAME = "prefix_tuning"
 
 @dataclass(frozen=True)
 class Config:
-    """`prefix_projection`: reparametrise by the MLP with `encoder_hidden_size` units (section 4.3). `init_text`: start
-    from these words, repeated or cut to `num_virtual_tokens`; the MLP then adds to their keys and values."""
+    """The prefix and its reparametrisation."""
 
-    num_virtual_tokens: int = 5
-    prefix_projection: bool = True
-    encoder_hidden_size: int = 512
-    init_text: str | None = None
-    finalized: bool = False
+    num_virtual_tokens: int = option(5, "positions of the prefix, in every layer")
+    prefix_projection: bool = option(True, "reparametrise by an MLP while training (section 4.3)")
+    encoder_hidden_size: int = option(512, "units of that MLP")
+    init_text: str | None = option(
+        None, "start from these words, repeated or cut to num_virtual_tokens; the MLP adds to their keys and values"
+    )
+    finalized: bool = option(False, "follows: whether only keys and values are left")
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:

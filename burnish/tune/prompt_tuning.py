@@ -12,13 +12,13 @@ stays first; of an encoder-decoder they are in the encoder's input (section 2).
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from burnish.config import UserError
+from burnish.config import UserError, option
 from burnish.model import soft
 from burnish.model.bundle import Context, Model
 from burnish.model.example import IGNORE, Example
@@ -28,14 +28,18 @@ NAME = "prompt_tuning"
 
 @dataclass(frozen=True)
 class Config:
-    """`init` "text": the embeddings of the words of `init_text`, repeated or cut to length; "labels": of `init_labels`,
-    else of the classes' names, or of the training data's answers, the most frequent first. None: "text" or "labels"
-    where its words are given, else "vocabulary"."""
+    """How many pseudo tokens, and how they start."""
 
-    num_virtual_tokens: int = 20
-    init: Literal["vocabulary", "random", "text", "labels"] | None = None
-    init_text: str | None = None
-    init_labels: list[str] = field(default_factory=list)
+    num_virtual_tokens: int = option(20, "pseudo tokens before the input")
+    init: Literal["vocabulary", "random", "text", "labels"] | None = option(
+        None,
+        "start from sampled vocabulary, uniform noise, the words of init_text, or the classes' words; none: text or "
+        "labels where their words are given, else vocabulary",
+    )
+    init_text: str | None = option(None, "for init: text, repeated or cut to num_virtual_tokens")
+    init_labels: list[str] = option(
+        [], "for init: labels; else the classes' names, or the training data's answers, the most frequent first"
+    )
 
 
 class SoftPrompt(nn.Module):

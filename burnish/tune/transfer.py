@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import torch
 
-from burnish.config import UserError
+from burnish.config import UserError, option
 from burnish.model.bundle import Context, Model
 from burnish.model.families import FAMILIES
 from burnish.model.surgery import linears
-from burnish.tune.unfreeze import check_decay, layer_groups, unfreeze
+from burnish.tune.unfreeze import DECAY, check_decay, layer_groups, unfreeze
 
 CHANGES_BASE = True
 PLAIN = True
@@ -28,16 +28,14 @@ NEW_HEAD = True
 
 @dataclass(frozen=True)
 class Config:
-    """`train_layers`: how many of the upper layers train with the head; -1 for all of them and the embeddings.
-    `freeze_layers`: how many of the lower ones do not, instead. `layer_lr_decay`: the learning rate of a layer over
-    that of the one above it; the head's is the run's."""
+    """The new head, and which layers train with it."""
 
-    num_labels: int = 2
-    train_layers: int = 0
-    label_names: list[str] | None = None
-    freeze_layers: int | None = None
-    head: Literal["classification", "lm"] = "classification"
-    layer_lr_decay: float = 1.0
+    num_labels: int = option(2, "classes; burnish tune takes them from the data")
+    train_layers: int = option(0, "upper layers that train with the head; -1: all of them and the embeddings")
+    label_names: list[str] | None = option(None, "the classes' names, in the order of their numbers")
+    freeze_layers: int | None = option(None, "lower layers that do not train, instead of train_layers")
+    head: Literal["classification", "lm"] = option("classification", "a classifier, or a language model's head")
+    layer_lr_decay: float = option(1.0, DECAY)
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:

@@ -10,6 +10,8 @@ from burnish.config import UserError
 from burnish.model.bundle import Model
 from burnish.model.linear import Dense, Weight
 
+DECAY = "the learning rate of a layer over that of the one above it; the head's is the run's"
+
 
 def unfreeze(module: nn.Module) -> None:
     """Let every floating parameter below train, but for quantised storage."""
