@@ -135,7 +135,8 @@ def apply(model: Model, techniques: Sequence[TechniqueSpec] | TechniqueSpec, con
 
 def rebuild(model: Model, chain: Sequence[Mapping[str, Any]]) -> Model:
     """Repeat the structure of a stored chain ([{"name", "config"}]) without data; weights are loaded afterwards."""
-    model.net.requires_grad_(False)
+    if not model.chain:
+        model.net.requires_grad_(False)
     for entry in chain:
         config = from_mapping(technique(entry["name"]).Config, entry["config"], f"technique '{entry['name']}'")
         technique(entry["name"]).rebuild(model, config)
@@ -154,6 +155,11 @@ def changes_base(model: Model) -> bool:
 def leaves_plain(model: Model) -> bool:
     """Whether nothing of the chain is left in a saved model but weights and config.json (`PLAIN`)."""
     return bool(model.chain) and all(getattr(technique(link.name), "PLAIN", False) for link in model.chain)
+
+
+def repeated(chain: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The links of a stored chain that only round weights (`FROM_BASE`), as `apply` takes them."""
+    return [{link["name"]: link["config"]} for link in chain if getattr(technique(link["name"]), "FROM_BASE", False)]
 
 
 def describe(model: Model) -> list[dict[str, Any]]:

@@ -111,7 +111,7 @@ class FourBit(Weight):
             torch.bitwise_or(codes[:, 0] << 4, codes[:, 1], out=stored)
         tensors = {"packed": packed, "absmax": absmax}
         if double_quant:
-            offset = absmax.mean()
+            offset = absmax.mean(dtype=torch.float64).float()  # the same at any number of threads
             groups = blocks(absmax - offset, CONSTANT_BLOCK)
             absmax2 = groups.abs().amax(dim=1)
             code = nearest_code(normalise(groups, absmax2), dynamic_map().to(dense.device))

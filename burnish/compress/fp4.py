@@ -14,6 +14,7 @@ from burnish.model.surgery import reserve, store
 
 CHANGES_BASE = True
 STORES_ANEW = True
+FROM_BASE = True
 __all__ = ["Config"]
 
 

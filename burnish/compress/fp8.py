@@ -27,6 +27,7 @@ from burnish.native import products
 
 CHANGES_BASE = True
 STORES_ANEW = True
+FROM_BASE = True
 E4M3, LARGEST = torch.float8_e4m3fn, 448.0
 UNIT = 16  # the hardware multiplies matrices whose sides it divides
 

@@ -29,6 +29,7 @@ from burnish.native import products
 
 CHANGES_BASE = True
 STORES_ANEW = True
+FROM_BASE = True
 PIECE = 1 << 18  # weights rounded at a time
 
 

@@ -16,6 +16,7 @@ from burnish.model.surgery import TARGETS, by_path, linears, select, store_one
 
 CHANGES_BASE = True
 STORES_ANEW = True
+FROM_BASE = True
 
 
 @dataclass(frozen=True)

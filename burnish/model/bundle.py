@@ -11,7 +11,7 @@ from torch import Tensor
 
 from burnish.model.example import Example
 from burnish.model.families import FAMILIES
-from burnish.model.linear import Weight
+from burnish.model.linear import Linear, Weight
 from burnish.model.network import Network
 from burnish.model.ngram import NGram
 from burnish.model.seq2seq import Seq2Seq
@@ -42,13 +42,15 @@ class Link:
 @dataclass
 class Context:
     """What `apply` may use: batches for calibration, a seed, the examples to train on as the data gave them, and who is
-    told how far it is, in numbers; with `errors` what rounding cost each projection too, though it must be expanded."""
+    told how far it is, in numbers; with `errors` what rounding cost each projection too, though it must be expanded.
+    `stored` is given each projection with its path as soon as it is stored anew."""
 
     batches: Sequence[dict[str, Tensor]] = ()
     seed: int = 0
     examples: Sequence[Example] = ()
     report: Callable[[dict[str, Any]], None] = lambda record: None
     errors: bool = False
+    stored: Callable[[str, Linear], None] = lambda path, linear: None
 
 
 @dataclass
@@ -59,7 +61,9 @@ class Model:
 
     `identity` is the SHA-256 of the base checkpoint's weights, "" for a model that was never on disk. `merged` is what
     undoes a merge, where it was kept, `adapters` what was loaded onto the base under names. `whole`: a plain checkpoint
-    as it was loaded, whatever chain led to it, so that the next techniques begin a chain of their own.
+    as it was loaded, whatever chain led to it, so that the next techniques begin a chain of their own. `plain` tells
+    that `path` holds dense weights without any of the chain, which were read as `dtype` (None: as they are stored), so
+    that the chain can be repeated on them.
     """
 
     net: Network
@@ -72,6 +76,8 @@ class Model:
     merged: Any = None
     adapters: Any = None
     whole: bool = False
+    plain: bool = False
+    dtype: torch.dtype | None = None
 
     @property
     def spec(self) -> Spec:

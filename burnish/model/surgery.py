@@ -94,6 +94,7 @@ def store_one(path: str, linear: Linear, quantize: Callable[[Tensor], Weight], c
     if context.errors:
         context.report({"layer": path, "error": lost(linear.weight, dense.detach())})
     del dense
+    context.stored(path, linear)
     device.return_freed_memory()
 
 
@@ -129,7 +130,8 @@ def by_path(pattern: Mapping[str, Any], net: Network, paths: Sequence[str], wher
     ends = {key: re.compile(rf"(.*\.)?({expression(key, where or 'pattern').pattern})") for key in pattern}
     for path in paths:
         names = (path, aliases.get(path, path))
-        hits = [key for key, end in ends.items() if any(end.fullmatch(name) for name in names)]
+        whole = [key for key in pattern if key in names]  # a resolved pattern's, which may end another's path
+        hits = whole or [key for key, end in ends.items() if any(end.fullmatch(name) for name in names)]
         matched |= {*hits}
         if hits:
             found[path] = pattern[hits[0]]

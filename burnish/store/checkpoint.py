@@ -3,8 +3,9 @@
 A folder that burnish writes holds `config.json`, the tokenizer, and `burnish.json` with the chain of techniques and
 the base's identity. Dense base weights go to `model.safetensors` under their family's own names, so that
 transformers loads the folder unchanged; everything else (quantised storage, prompts, masks) goes to
-`burnish.safetensors` under burnish's names. A chain that leaves the base alone is saved without the base, and a chain
-of LoRA, (IA)^3, a soft prompt or one of peft's methods alone in PEFT's format.
+`burnish.safetensors` under burnish's names. A chain that leaves the base alone is saved without the base, and LoRA,
+(IA)^3, a soft prompt or one of peft's methods in PEFT's format, a class head with it (`store/adapters.py`). So are
+LoRA, (IA)^3 and soft prompts behind a quantisation that needs no data: loading quantises the base again.
 """
 
 from __future__ import annotations
@@ -23,18 +24,20 @@ from torch import nn
 from burnish import chain as chains
 from burnish.compress.gguf import GGUF
 from burnish.config import UserError
-from burnish.model.bundle import Model, build
+from burnish.model.bundle import Context, Model, build
 from burnish.model.families import read_spec
 from burnish.model.linear import Dense, Linear, Unread, Weight
 from burnish.model.network import Layout, Network
 from burnish.model.spec import Head
+from burnish.model.surgery import select
 from burnish.place.offload import Offload
 from burnish.place.units import movable
 from burnish.store import adapters, gguf_tokenizer, gptq_layout
 from burnish.store.gguf_model import TABLE, opened
 from burnish.store.hub import resolve
 from burnish.store.identity import base_record, check_base, identity
-from burnish.store.tensors import Entry, Held, Later, heading, read_folder, write_json, write_tensors
+from burnish.store.spill import Spill
+from burnish.store.tensors import DTYPES, Entry, Held, Later, heading, read_folder, write_json, write_tensors
 from burnish.store.tokenizer import load_tokenizer, save_tokenizer
 
 DENSE = ".weight.dense"
@@ -98,7 +101,7 @@ def load(
     if spec.paired and not chain and adapter is None and chains.exchanges_head(techniques):
         spec = read_spec(hf_config, "none", {*entries, *extras})
     with torch.device("meta"):
-        model = Model(build(spec, hf_config), None, hf_config, path=origin(source))
+        model = Model(build(spec, hf_config), None, hf_config, path=origin(source), dtype=dtype)
     held = None if quantised or gguf else model.net.read_converted(base)
     stored: Stored = dict(entries) if held is None else {name: Held(tensor) for name, tensor in held.items()}
     stored = canonical(stored, model.net.layout)
@@ -113,20 +116,39 @@ def load(
         if groups:
             chains.rebuild(model, packed.links(chain))
         if adapter is not None:
+            before = set(model.net.layout.tensors.values())
             extras = adapters.rebuild(model, adapter)
+            exchanged = before.difference(model.net.layout.tensors.values())  # the base's head for another
+            stored = {name: entry for name, entry in stored.items() if name not in exchanged}
         else:
             chains.rebuild(model, chain)
     model.whole = base == folder and chains.leaves_plain(model) and model.spec == spec
+    again = chains.repeated(adapter.saved) if adapter is not None else []
     later = set() if model.chain and not model.whole else chains.stored_anew(model, techniques)
+    if again:
+        chosen = [select(model.net, options["target_modules"]) for link in again for options in link.values()]
+        linears = {id(linear) for found in chosen for _, linear in found}
+        later = {path for path, module in model.net.named_modules() if id(module) in linears}
     if unread:
         bodies = ((path, part) for path, part in model.net.named_modules() if path.startswith(model.net.body))
-        later = {path for path, part in bodies if isinstance(part, Linear)}
+        later |= {path for path, part in bodies if isinstance(part, Linear)}
     beside: Mapping[str, Source] = gguf.tensors if gguf else groups
     plan = match(model, stored, {**beside, **extras}, folder, dtype)
+    if again:
+        model.dtype = {str(kind).removeprefix("torch."): kind for kind in DTYPES.values()}.get(saved.get("dtype", ""))
+        plan = as_before(plan, stored, later, model.dtype, dtype)
     away = movable(model.net, bool(model.chain)) if memory_limit is not None else set()
     away.discard(TABLE)  # rows of it are looked up
     limited = {name: (x, y, z) for name, (x, y, z) in plan.items() if name in away and type(x) is Entry}
+    limited = {name: part for name, part in limited.items() if name.removesuffix(DENSE) not in later}
     place(model.net, {name: plan[name] for name in plan if name not in limited}, torch.device(device), later)
+    if again:
+        spill = Spill(model.net, away)
+        chains.apply(model, again, Context(stored=spill.take))
+        limited |= spill.plan
+    if adapter is not None and adapter.saved:
+        order = [link["name"] for link in adapter.saved]
+        model.chain.sort(key=lambda link: order.index(link.name))
     here = folder if has_tokenizer(folder) else base
     model.tokenizer = gguf_tokenizer.rebuilt(gguf.file) if gguf and here == base else load_tokenizer(here)
     check_vocabulary(model, folder)
@@ -135,6 +157,7 @@ def load(
         model.net.compute_dtype = dtype or torch.float32  # as llama.cpp, whatever the weights are
     elif (base / "generation_config.json").exists():
         model.generation_config = read_json(base / "generation_config.json")
+    model.plain = gguf is None and quantization is None and (base != folder or not chain or model.whole)
     own = base == folder and (not chain or model.whole)  # such weights are a base of their own
     model.identity = identity(base) if own else saved.get("identity") or identity(base)
     model.net.eval()
@@ -241,6 +264,21 @@ def match(model: Model, entries: Stored, extras: Mapping[str, Source], folder: P
     return plan
 
 
+def as_before(
+    plan: Plan, stored: Stored, later: Set[str], before: torch.dtype | None, dtype: torch.dtype | None
+) -> Plan:
+    """The plan with the base's tensors as they were when it was quantised, in the dtype `before` (None: as stored), but
+    for what `dtype` asks of those that the paths `later` leave out."""
+    base = {id(entry) for entry in stored.values()}
+    found = {}
+    for name, (entry, transposed, kind) in plan.items():
+        if id(entry) in base and entry.dtype.is_floating_point:
+            kind = before or entry.dtype
+            kind = kind if name.removesuffix(DENSE) in later else dtype or kind
+        found[name] = entry, transposed, kind
+    return found
+
+
 def place(net: Network, plan: Plan, device: torch.device, later: Set[str]) -> None:
     """Read every parameter's (entry, whether it is transposed, dtype) into the network; the weights of the projections
     whose paths are in `later` stay in their files.
@@ -295,7 +333,8 @@ class Contents:
 def contents(model: Model) -> Contents:
     """What `save` writes of the model, which may be on the meta device."""
     spec, layout = model.spec, model.net.layout
-    complete = not (model.path and model.identity) or not model.chain or chains.changes_base(model)
+    alone = model.plain and adapters.takes(model)
+    complete = not (model.path and model.identity) or not model.chain or (chains.changes_base(model) and not alone)
     dense = all(isinstance(m, Dense | GGUF) for m in model.net.modules() if isinstance(m, Weight))
     groups = gptq_layout.fits(model.net) if complete else {}
     parameters = model.net.stored_tensors()
@@ -307,6 +346,8 @@ def contents(model: Model) -> Contents:
         if complete and isinstance(owner, GGUF):
             tensor, native = owner.dequantize_to(torch.bfloat16), BLOCKS.sub(".weight", native)
         trained = not complete and parameters[name].requires_grad  # norms beside adapters
+        if not complete and isinstance(owner, Weight) and not isinstance(owner, Dense):
+            continue
         if native.rpartition(".weight.")[0] in groups:
             continue
         if other is None or trained or (complete and not dense and not groups):
@@ -349,6 +390,8 @@ def save(model: Model, folder: str | Path) -> Path:
         raise UserError(f"{folder}: holds {', '.join(stale)} of another kind of checkpoint; choose another folder")
     record: dict[str, Any] = {"format": 1, "complete": found.complete, "chain": chains.describe(model)}
     record |= {**base_record(model.spec, model.identity), "base": model.path}
+    if alone and chains.repeated(record["chain"]):
+        record["dtype"] = str(model.dtype).removeprefix("torch.") if model.dtype else None
     if found.foreign:
         write_tensors(found.foreign, folder / "model.safetensors")
     if alone:

@@ -32,9 +32,9 @@ KINDS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 DEEP = ("prefix_tuning", "p_tuning_v2")
 
 
-def takes(model: Model) -> bool:
-    """Whether the chain is one soft prompt that PEFT computes as burnish does."""
-    spec, name = model.spec, model.chain[0].name if len(model.chain) == 1 else ""
+def takes(model: Model, name: str) -> bool:
+    """Whether the technique is a soft prompt that PEFT computes as burnish does."""
+    spec = model.spec
     if name in DEEP:
         ungrouped = spec.fused_qkv == "heads" and spec.num_kv_heads != spec.num_heads  # Falcon's cache in transformers
         encodes = spec.paired or spec.mean_pool  # T5, whose encoder takes no cache in transformers
@@ -44,13 +44,14 @@ def takes(model: Model) -> bool:
         return native and (spec.kind != "encoder" or spec.mean_pool)
     if name != "p_tuning" or p_tuning.state(model).kind != "embedding":
         return False
-    shape = [kind if kind != "field" else value for kind, value in p_tuning.parts(model.chain[0].config.template)]
+    (link,) = (link for link in model.chain if link.name == name)
+    shape = [kind if kind != "field" else value for kind, value in p_tuning.parts(link.config.template)]
     return native and shape == ["soft", "prompt"]
 
 
-def written(model: Model, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors by PEFT's names, options) of a chain that `takes` accepts."""
-    spec, name = model.spec, model.chain[0].name
+def written(model: Model, name: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by PEFT's names, options) of a technique that `takes` accepts."""
+    spec = model.spec
     (table,) = tensors.values()
     record: dict[str, Any] = {"num_virtual_tokens": len(table), "num_layers": spec.num_layers}
     record["num_transformer_submodules"] = 1

@@ -27,6 +27,7 @@ from burnish.model.scoring import label_log_probabilities, means
 
 FINITE = 0.01
 PLAIN = True
+LOSS_ONLY = True
 COMPARES = True
 LACKING = (
     "has no 'choices', a list of completions with its own completion among them; give every row its choices (and leave "
