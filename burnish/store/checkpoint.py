@@ -143,9 +143,9 @@ def load(
     limited = {name: part for name, part in limited.items() if name.removesuffix(DENSE) not in later}
     place(model.net, {name: plan[name] for name in plan if name not in limited}, torch.device(device), later)
     if again:
-        spill = Spill(model.net, away)
-        chains.apply(model, again, Context(stored=spill.take))
-        limited |= spill.plan
+        spill = Spill(model.net, away) if away else None
+        chains.apply(model, again, Context(stored=spill.take) if spill else Context())
+        limited |= spill.plan if spill else {}
     if adapter is not None and adapter.saved:
         order = [link["name"] for link in adapter.saved]
         model.chain.sort(key=lambda link: order.index(link.name))
