@@ -87,8 +87,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _in(kind: torch.dtype, head: Tensor, room: Tensor) -> Tensor:
-    """A part of the head in `kind`, in the room of the part before if it has to be widened: fresh memory for each leaves
-    holes that none of them fits."""
+    """A part of the head in `kind`, in the room of the part before if it has to be widened: fresh memory for each would
+    leave holes that none of them fits."""
     return head if head.dtype == kind else room[: len(head)].copy_(head)
 
 

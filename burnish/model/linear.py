@@ -159,9 +159,9 @@ class Weight(nn.Module):
 
     def matmul_transposed(self, grad: Tensor) -> Tensor:
         """grad (tokens, out) -> (tokens, in), in grad's dtype: the gradient of `matmul`'s x. Not differentiable."""
-        if grad.device.type == "cpu" and not torch.compiler.is_compiling():
-            if arithmetic(grad) == torch.float32 and self.in_pieces:
-                return by_pieces_transposed(grad, self)
+        native = grad.device.type == "cpu" and not torch.compiler.is_compiling()
+        if native and arithmetic(grad) == torch.float32 and self.in_pieces:
+            return by_pieces_transposed(grad, self)
         if arithmetic(grad) == grad.dtype:
             return grad @ self.dequantize_to(grad.dtype)
         return rounded_product(grad, self.shape[1], lambda kind: self.dequantize_to(kind))
