@@ -65,7 +65,7 @@ def best(form: Form, fold: Fold, seen: Inputs) -> Tensor:
     for part in fold.pieces():
         for step, factors in enumerate(tried):
             errors[step] += (x @ (form.rounded(part * factors) / factors - part).t()).square().sum()
-    return tried[errors.argmin()]
+    return tried[errors.argmin()].clone()  # what is kept for later readings must not keep all that were tried
 
 
 def rebuild(model: Model, config: Config) -> None:
