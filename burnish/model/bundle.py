@@ -11,7 +11,7 @@ from torch import Tensor
 
 from burnish.model.example import Example
 from burnish.model.families import FAMILIES
-from burnish.model.linear import Linear, Weight
+from burnish.model.linear import Weight
 from burnish.model.network import Network
 from burnish.model.ngram import NGram
 from burnish.model.seq2seq import Seq2Seq
@@ -42,15 +42,13 @@ class Link:
 @dataclass
 class Context:
     """What `apply` may use: batches for calibration, a seed, the examples to train on as the data gave them, and who is
-    told how far it is, in numbers; with `errors` what rounding cost each projection too, though it must be expanded.
-    `stored` is given each projection with its path as soon as it is stored anew."""
+    told how far it is, in numbers; with `errors` what rounding cost each projection too, though it must be expanded."""
 
     batches: Sequence[dict[str, Tensor]] = ()
     seed: int = 0
     examples: Sequence[Example] = ()
     report: Callable[[dict[str, Any]], None] = lambda record: None
     errors: bool = False
-    stored: Callable[[str, Linear], None] = lambda path, linear: None
 
 
 @dataclass

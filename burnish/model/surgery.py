@@ -94,7 +94,6 @@ def store_one(path: str, linear: Linear, quantize: Callable[[Tensor], Weight], c
     if context.errors:
         context.report({"layer": path, "error": lost(linear.weight, dense.detach())})
     del dense
-    context.stored(path, linear)
     device.return_freed_memory()
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from burnish import chain as chains
 from burnish.compress.gguf import GGUF
 from burnish.config import UserError
-from burnish.model.bundle import Context, Model, build
+from burnish.model.bundle import Model, build
 from burnish.model.families import read_spec
 from burnish.model.linear import Dense, Linear, Unread, Weight
 from burnish.model.network import Layout, Network
@@ -36,7 +36,6 @@ from burnish.store import adapters, gguf_tokenizer, gptq_layout
 from burnish.store.gguf_model import TABLE, opened
 from burnish.store.hub import resolve
 from burnish.store.identity import base_record, check_base, identity
-from burnish.store.spill import Spill
 from burnish.store.tensors import DTYPES, Entry, Held, Later, heading, read_folder, write_json, write_tensors
 from burnish.store.tokenizer import load_tokenizer, save_tokenizer
 
@@ -126,6 +125,11 @@ def load(
     again = chains.repeated(adapter.saved) if adapter is not None else []
     later = set() if model.chain and not model.whole else chains.stored_anew(model, techniques)
     if again:
+        if memory_limit is not None:
+            raise UserError(
+                f"memory_limit: {folder} is an adapter whose base is quantised as it is loaded, in memory as a whole; "
+                "leave the limit away, or burnish merge it and quantise the result"
+            )
         chosen = [select(model.net, options["target_modules"]) for link in again for options in link.values()]
         linears = {id(linear) for found in chosen for _, linear in found}
         later = {path for path, module in model.net.named_modules() if id(module) in linears}
@@ -143,9 +147,7 @@ def load(
     limited = {name: part for name, part in limited.items() if name.removesuffix(DENSE) not in later}
     place(model.net, {name: plan[name] for name in plan if name not in limited}, torch.device(device), later)
     if again:
-        spill = Spill(model.net, away) if away else None
-        chains.apply(model, again, Context(stored=spill.take) if spill else Context())
-        limited |= spill.plan if spill else {}
+        chains.apply(model, again)
     if adapter is not None and adapter.saved:
         order = [link["name"] for link in adapter.saved]
         model.chain.sort(key=lambda link: order.index(link.name))
