@@ -106,7 +106,13 @@ def lora(model):
     return model
 
 
-@pytest.mark.parametrize("techniques", [[], ["nf4"]])
+def test_an_adapter_whose_base_is_quantised_at_loading_is_refused(root, tmp_path):
+    source = save(lora(apply(load(folder(root, "llama")), "nf4")), tmp_path)
+    with pytest.raises(UserError, match="memory_limit: .* quantised as it is loaded"):
+        load(source, memory_limit=PLENTY)
+
+
+@pytest.mark.parametrize("techniques", [[], ["gptq"]])
 def test_adapters_stay_in_memory(root, nothing_stays, tmp_path, techniques):
     """Alone, with a quantised base, and loaded under a name."""
     source = save(lora(apply(load(folder(root, "llama")), techniques)), tmp_path)
