@@ -99,6 +99,15 @@ def test_a_classifier_keeps_its_head_where_it_has_the_classes(root, tmp_path, ca
         ]
 
 
+def test_an_adapter_with_a_head_goes_on_with_it(root, tmp_path, capsys):
+    data = rows_of(tmp_path / "rows.jsonl", ["negative", "positive"])
+    tune(tiny.folder(root, "bert", "none"), data, tmp_path / "first", ["lora"])
+    assert (tmp_path / "first" / "adapter_config.json").exists()
+    more = [{"prompt_tuning": {"num_virtual_tokens": 2}}]
+    assert tune(tmp_path / "first", data, tmp_path / "on", more) == ["negative", "positive"]
+    assert "keeps its head for negative, positive" in capsys.readouterr().out
+
+
 def test_a_comparison_knows_names_by_the_same_rule(tmp_path):
     data = str(rows_of(tmp_path / "rows.jsonl", ["negative", "positive"]))
     task = {"name": "mine", "data": data, "eval_data": data, "text_columns": ["text"], "label_column": "label"}

@@ -102,10 +102,11 @@ def own_classes(folder: Path) -> list[str]:
     if adapter.exists() or not saved.get("complete", True):
         folder = resolve(based_on(folder, {"base": base, **saved}))
     hf_config = read_json(folder / "config.json")
-    links = {link["name"]: link["config"] for link in saved.get("chain", [])}
-    new = links.get("transfer", {}).get("head") == "classification"  # T5's, which no architecture tells
+    transfer = {link["name"]: link["config"] for link in saved.get("chain", [])}.get("transfer", {})
     architecture = (hf_config.get("architectures") or [""])[0]
-    return names_of(hf_config) if new or architecture.endswith("ForSequenceClassification") else []
+    if transfer.get("head") == "classification":  # of an adapter, whose base has none, and T5's, which no name tells
+        return transfer.get("label_names") or names_of(hf_config)
+    return names_of(hf_config) if architecture.endswith("ForSequenceClassification") else []
 
 
 def run(config: TuneConfig) -> int:
