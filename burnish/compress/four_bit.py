@@ -28,6 +28,16 @@ BLOCK, CONSTANT_BLOCK = 64, 256
 PIECE = BLOCK << 14  # weights quantised at a time, which bounds the temporaries
 
 
+def mean(x: Tensor) -> Tensor:
+    """x's mean as one thread sums it: a base that is quantised again gives the same at any number of them."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        return x.mean()
+    finally:
+        torch.set_num_threads(threads)
+
+
 @dataclass(frozen=True)
 class Config:
     """NF4's and FP4's."""
@@ -111,7 +121,7 @@ class FourBit(Weight):
             torch.bitwise_or(codes[:, 0] << 4, codes[:, 1], out=stored)
         tensors = {"packed": packed, "absmax": absmax}
         if double_quant:
-            offset = absmax.mean(dtype=torch.float64).float()  # the same at any number of threads
+            offset = mean(absmax)
             groups = blocks(absmax - offset, CONSTANT_BLOCK)
             absmax2 = groups.abs().amax(dim=1)
             code = nearest_code(normalise(groups, absmax2), dynamic_map().to(dense.device))

@@ -94,7 +94,7 @@ def test_a_classifier_that_peft_trained_loads_with_its_head(root, tmp_path):
     config = tmp_path / "theirs" / "adapter_config.json"
     words = tiny.folder(root, "bert")
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(words)}))
-    with pytest.raises(UserError, match="the adapter has a tensor 'classifier..*' that its base does not have"):
+    with pytest.raises(UserError, match="missing bert.pooler.dense.weight"):
         load(tmp_path / "theirs")
 
 
