@@ -33,7 +33,7 @@ LAYERS = (  # a module may import its own layer and those below
     ("__init__",),
 )
 COMPOSITIONS = {"burnish.tune.qlora"}  # techniques declared as made of others
-MOST_LINES, MOST_CODE_LINES = 400, 18_000  # the world, data in the form of code, is not counted
+MOST_LINES, MOST_CODE_LINES = 400, 18_500  # the world, data in the form of code, is not counted
 
 
 def module_name(path: Path) -> str:
