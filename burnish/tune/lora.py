@@ -105,7 +105,7 @@ class _Corrected(torch.autograd.Function):
 def _parts(x: Tensor, kind: torch.dtype) -> list[slice]:
     """All tokens of x, or where they are widened some at a time."""
     step = len(x) if x.dtype == kind else ROUNDED_TOKENS
-    return [slice(first, first + step) for first in range(0, len(x), step or 1)]
+    return [slice(first, first + step) for first in range(0, len(x) or 1, step or 1)]  # one part of no tokens too
 
 
 def _add(y: Tensor, left: Tensor, right: Tensor, scale: float) -> None:

@@ -14,6 +14,7 @@ import burnish
 from burnish import chain
 from burnish.chain import Context, forward
 from burnish.config import UserError
+from burnish.model.linear import Linear
 from burnish.model.surgery import linears
 from burnish.store.checkpoint import load, save
 from burnish.tune import lora
@@ -96,6 +97,13 @@ def test_a_classifier_that_peft_trained_loads_with_its_head(root, tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(words)}))
     with pytest.raises(UserError, match="missing bert.pooler.dense.weight"):
         load(tmp_path / "theirs")
+
+
+def test_a_projection_that_no_token_reaches_has_gradients_of_zero():
+    layer = lora.LoRALinear(Linear(8, 4).requires_grad_(False), lora.Config(r=2))
+    layer(torch.zeros(0, 8)).sum().backward()
+    assert layer.lora_A.grad.shape == (2, 8) and layer.lora_B.grad.shape == (4, 2)
+    assert not layer.lora_A.grad.any() and not layer.lora_B.grad.any()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
