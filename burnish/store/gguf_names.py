@@ -151,7 +151,7 @@ def rows(spec: Spec, path: str) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Rearranged(Entry):
-    """A tensor whose rows stand in another order in the file; read into memory of its own."""
+    """A tensor whose rows stand in another order in the file; always read into memory of its own."""
 
     order: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)  # of the file's rows
 

@@ -26,7 +26,7 @@ from burnish.model.surgery import linears
 from burnish.store.tensors import Entry, Held, Later
 
 WORD = 32  # codes in a whole number of words
-ROWS = 256  # of a projection that are repacked together
+ROWS = 32  # of a projection that are repacked together
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 Stored = Mapping[str, Entry | Held]
 
@@ -58,6 +58,14 @@ def from_words(words: Tensor, bits: int) -> Tensor:
             value |= parts[:, word + 1] << (32 - shift)
         codes[:, code] = value & (2**bits - 1)
     return codes.view(-1, words.shape[1])
+
+
+def neighbours(packed: Tensor, bits: int) -> Tensor:
+    """Bytes of `to_words`, a row's one after the other, as those of `pack`, and these as those: in a byte the first of
+    two codes stands below the second there, and above it here."""
+    if bits == 4:
+        return (packed >> 4) | (packed << 4)
+    return ((packed >> 2) & 0x33) | ((packed & 0x33) << 2) if bits == 2 else packed
 
 
 def moved(words: Tensor, bits: int, by: int) -> Tensor:
@@ -119,6 +127,9 @@ def qweight(weight: Grouped) -> Tensor:
     (rows, columns), bits = weight.shape, weight.form.bits
     words = torch.empty(columns // WORD * bits, rows, dtype=torch.int32)
     for packed, out in zip(weight.packed.split(ROWS), words.split(ROWS, 1), strict=True):
+        if bits != 3 and not weight.form.ordered:
+            out.copy_(neighbours(packed.cpu(), bits).view(torch.int32).t())
+            continue
         codes = unpack(packed, bits, columns).cpu()
         if weight.form.ordered:
             codes = codes[:, weight.get_parameter("order").cpu().argsort()]
@@ -258,6 +269,9 @@ class Part:
         if self.name == "packed":
             packed = torch.empty(self.shape, dtype=torch.uint8)
             for words, out in zip(own["qweight"].read().split(ROWS, 1), packed.split(ROWS), strict=True):
+                if form.bits != 3 and not form.ordered:
+                    out.copy_(neighbours(words.t().contiguous().view(torch.uint8), form.bits))
+                    continue
                 codes = from_words(words, form.bits).t()
                 out.copy_(pack(codes[:, order] if form.ordered else codes, form.bits))
             return packed

@@ -15,6 +15,7 @@ from burnish.model.bundle import Model
 from burnish.model.linear import Unread
 from burnish.model.network import Layout, Network
 from burnish.store import gptq_layout
+from burnish.store.gguf_names import Rearranged
 from burnish.store.tensors import Entry, Held
 
 DENSE = ".weight.dense"
@@ -116,12 +117,13 @@ def place(net: Network, plan: Plan, device: torch.device, later: Set[str]) -> No
     indirect = {name for name, (entry, transposed, kind) in plan.items() if transposed or kind != entry.dtype}
     indirect = set(plan) if device.type != "cpu" else indirect
     unread = {name for name in plan if name.endswith(DENSE) and name.removesuffix(DENSE) in later}
-    scratch = torch.empty(max((plan[name][0].nbytes for name in indirect | unread), default=0), dtype=torch.uint8)
+    through = indirect | unread | {name for name, (entry, _, _) in plan.items() if isinstance(entry, Rearranged)}
+    scratch = torch.empty(max((plan[name][0].nbytes for name in through), default=0), dtype=torch.uint8)
     before = net.stored_tensors()
 
     def read(name: str) -> torch.Tensor:
         entry, transposed, kind = plan[name]
-        tensor = entry.read(scratch if name in indirect | unread else None)
+        tensor = entry.read(scratch if name in through else None)
         if name in indirect:
             tensor = tensor.t() if transposed else tensor
             tensor = tensor.to(device, kind, copy=True, memory_format=torch.contiguous_format)
