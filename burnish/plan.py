@@ -21,12 +21,13 @@ from burnish.config import Bytes, UserError
 from burnish.model.bundle import Model, build
 from burnish.model.families import read_spec
 from burnish.store import gguf_model
-from burnish.store.checkpoint import contents, has_tokenizer, read_json
+from burnish.store.checkpoint import contents
 from burnish.store.gguf import heading
 from burnish.store.gguf_model import TYPES, opened
 from burnish.store.gguf_tokenizer import rebuilt
 from burnish.store.hub import resolve
 from burnish.store.identity import weight_files
+from burnish.store.sources import has_tokenizer, read_json
 from burnish.store.tensors import read_folder
 from burnish.store.tokenizer import load_tokenizer
 

@@ -15,9 +15,10 @@ from burnish.cli import main
 from burnish.model.cache import KVCache
 from burnish.plan import FORMATS, plan, sizes
 from burnish.store import gguf_model
-from burnish.store.checkpoint import load, read_json, save
+from burnish.store.checkpoint import load, save
 from burnish.store.hub import resolve
 from burnish.store.identity import stored_bytes
+from burnish.store.sources import read_json
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -20,9 +20,9 @@ from burnish.bench.tasks import load_task, parse_task, without_choices
 from burnish.chain import compares, parse_chain
 from burnish.config import UserError, from_mapping, load_yaml, nearest, to_mapping
 from burnish.plan import check_memory
-from burnish.store.checkpoint import read_json
 from burnish.store.hub import resolve
 from burnish.store.identity import identity
+from burnish.store.sources import read_json
 from burnish.store.tensors import write_json
 
 DEFAULT = Path(__file__).parent.parent / "assets" / "compare.yaml"

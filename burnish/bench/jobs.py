@@ -24,8 +24,8 @@ from burnish.bench.report_plots import lower_is_better
 from burnish.bench.rows import Cell, learning_rates
 from burnish.bench.twin import write_twin
 from burnish.config import to_mapping
-from burnish.store.checkpoint import read_json
 from burnish.store.identity import identity
+from burnish.store.sources import read_json
 from burnish.store.tensors import write_json
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ LoRA, (IA)^3 and soft prompts behind a quantisation that needs no data: loading 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,25 +28,12 @@ from burnish.model.surgery import select
 from burnish.place.offload import Offload
 from burnish.place.units import movable
 from burnish.store import adapters, gguf_tokenizer, gptq_layout
-from burnish.store.gguf_model import TABLE, opened
-from burnish.store.hub import resolve
+from burnish.store.gguf_model import TABLE
 from burnish.store.identity import base_record, check_base, identity
 from burnish.store.matching import BLOCKS, DENSE, Source, Stored, as_before, canonical, match, place, stored_names
-from burnish.store.tensors import DTYPES, Entry, Held, Later, heading, read_folder, write_json, write_tensors
+from burnish.store.sources import Sources, has_tokenizer, read_json, sources
+from burnish.store.tensors import DTYPES, Entry, Held, Later, heading, write_json, write_tensors
 from burnish.store.tokenizer import load_tokenizer, save_tokenizer
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError where it is missing or does not parse."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent}: no {path.name} in this folder; it is not a checkpoint") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: a JSON object is needed")
-    return data
 
 
 def load(
@@ -68,108 +54,101 @@ def load(
     runs, within so many bytes of this process, or on a GPU of its memory: see `burnish.place.offload`. Raises UserError
     for a folder that is no checkpoint, listing every missing, unexpected or misshapen tensor, and for too low a limit.
     """
-    folder = resolve(source)
-    saved = read_json(folder / "burnish.json") if (folder / "burnish.json").exists() else {}
-    adapter = None
-    if (folder / "adapter_config.json").exists():
-        adapter = adapters.read(folder, saved.get("chain", []))
-        source = based_on(folder, {"base": adapter.record.get("base_model_name_or_path"), **saved})
-        chain, extras = adapter.saved, adapter.tensors
-    else:
-        chain = saved.get("chain", [])
-        extras = read_folder(folder, "burnish") if (folder / "burnish.safetensors").exists() else {}
-        source = source if saved.get("complete", True) else based_on(folder, saved)
-    base = resolve(source)
-    gguf = opened(base) if base.is_file() else None
-    hf_config = gguf.config if gguf else read_json(base / "config.json")
-    quantization = hf_config.pop("quantization_config", None)
-    quantised = base == folder and not (folder / "model.safetensors").exists() and bool(extras)
-    entries = {} if quantised or gguf else read_folder(base)
-    spec = read_spec(hf_config, head, {*entries, *extras})
-    if base != folder and saved.get("identity"):
-        check_base(saved, spec, identity(base), f"{folder}, on {base}", "give the base that it was trained on")
-    if spec.paired and not chain and adapter is None and chains.exchanges_head(techniques):
-        spec = read_spec(hf_config, "none", {*entries, *extras})
-    with torch.device("meta"):
-        model = Model(build(spec, hf_config), None, hf_config, path=origin(source), dtype=dtype)
-    held = None if quantised or gguf else model.net.read_converted(base)
-    stored: Stored = dict(entries) if held is None else {name: Held(tensor) for name, tensor in held.items()}
-    stored = canonical(stored, model.net.layout)
-    groups: dict[str, gptq_layout.Part] = {}
-    if quantization is not None and not quantised:
-        packed, stored = gptq_layout.read(quantization, model.net, stored, str(base / "config.json"))
-        groups = packed.parts()
-    with torch.device("meta"):
-        if gguf is not None:
-            gguf = gguf if spec.head == "lm" else gguf.without_head()
-            gguf.rebuild(model.net, dtype)
-        if groups:
-            chains.rebuild(model, packed.links(chain))
-        if adapter is not None:
-            before = set(model.net.layout.tensors.values())
-            extras = adapters.rebuild(model, adapter)
-            exchanged = before.difference(model.net.layout.tensors.values())  # the base's head for another
-            stored = {name: entry for name, entry in stored.items() if name not in exchanged}
-        else:
-            chains.rebuild(model, chain)
-    model.whole = base == folder and chains.leaves_plain(model) and model.spec == spec
-    again = chains.repeated(adapter.saved) if adapter is not None else []
-    later = set() if model.chain and not model.whole else chains.stored_anew(model, techniques)
+    found = sources(source)
+    model, stored, others = skeleton(found, head, techniques, dtype)
+    again = chains.repeated(found.adapter.saved) if found.adapter is not None else []
+    if again and memory_limit is not None:
+        raise UserError(
+            f"memory_limit: {found.folder} is an adapter whose base is quantised as it is loaded, in memory as a "
+            "whole; leave the limit away, or burnish merge it and quantise the result"
+        )
     if again:
-        if memory_limit is not None:
-            raise UserError(
-                f"memory_limit: {folder} is an adapter whose base is quantised as it is loaded, in memory as a whole; "
-                "leave the limit away, or burnish merge it and quantise the result"
-            )
         chosen = [select(model.net, options["target_modules"]) for link in again for options in link.values()]
-        linears = {id(linear) for found in chosen for _, linear in found}
+        linears = {id(linear) for those in chosen for _, linear in those}
         later = {path for path, module in model.net.named_modules() if id(module) in linears}
+    else:
+        later = set() if model.chain and not model.whole else chains.stored_anew(model, techniques)
     if unread:
         bodies = ((path, part) for path, part in model.net.named_modules() if path.startswith(model.net.body))
         later |= {path for path, part in bodies if isinstance(part, Linear)}
-    beside: Mapping[str, Source] = gguf.tensors if gguf else groups
-    plan = match(model, stored, {**beside, **extras}, folder, dtype)
+    plan = match(model, stored, others, found.folder, dtype)
     if again:
-        model.dtype = {str(kind).removeprefix("torch."): kind for kind in DTYPES.values()}.get(saved.get("dtype", ""))
+        before = found.saved.get("dtype", "")
+        model.dtype = {str(kind).removeprefix("torch."): kind for kind in DTYPES.values()}.get(before)
         plan = as_before(plan, stored, later, model.dtype, dtype)
-    away = movable(model.net, bool(model.chain)) if memory_limit is not None else set()
-    away.discard(TABLE)  # rows of it are looked up
+    away = movable(model.net, bool(model.chain)) - {TABLE} if memory_limit is not None else set()  # rows are looked up
+    away = {name for name in away if name.removesuffix(DENSE) not in later}
     limited = {name: (x, y, z) for name, (x, y, z) in plan.items() if name in away and type(x) is Entry}
-    limited = {name: part for name, part in limited.items() if name.removesuffix(DENSE) not in later}
     place(model.net, {name: plan[name] for name in plan if name not in limited}, torch.device(device), later)
     if again:
         chains.apply(model, again)
-    if adapter is not None and adapter.saved:
-        order = [link["name"] for link in adapter.saved]
+    if found.adapter is not None and found.adapter.saved:
+        order = [link["name"] for link in found.adapter.saved]
         model.chain.sort(key=lambda link: order.index(link.name))
-    here = folder if has_tokenizer(folder) else base
-    model.tokenizer = gguf_tokenizer.rebuilt(gguf.file) if gguf and here == base else load_tokenizer(here)
-    check_vocabulary(model, folder)
-    if gguf is not None:
-        model.generation_config = gguf.generation_config
+    complete(model, found)
+    if found.gguf is not None:
         model.net.compute_dtype = dtype or torch.float32  # as llama.cpp, whatever the weights are
-    elif (base / "generation_config.json").exists():
-        model.generation_config = read_json(base / "generation_config.json")
-    model.plain = gguf is None and quantization is None and (base != folder or not chain or model.whole)
-    own = base == folder and (not chain or model.whole)  # such weights are a base of their own
-    model.identity = identity(base) if own else saved.get("identity") or identity(base)
     model.net.eval()
     if memory_limit is not None:
         Offload(model.net, limited, memory_limit, torch.device(device), bool(model.chain))
     return model
 
 
-def origin(source: str | Path) -> str:
-    """What finds the model again from anywhere: a hub id or "pebble" as given, a folder or a file by its absolute
-    path."""
-    return str(Path(source).resolve()) if Path(source).exists() else str(source)
+def skeleton(
+    found: Sources, head: Head | None, techniques: Sequence[chains.TechniqueSpec], dtype: torch.dtype | None
+) -> tuple[Model, Stored, dict[str, Source]]:
+    """The model on the meta device with its chain, the base's tensors by their family's full names, and all others by
+    burnish's."""
+    names = {*found.entries, *found.extras}
+    spec = read_spec(found.hf_config, head, names)
+    if not found.alone and found.saved.get("identity"):
+        where = f"{found.folder}, on {found.base}"
+        check_base(found.saved, spec, identity(found.base), where, "give the base that it was trained on")
+    if spec.paired and not found.chain and found.adapter is None and chains.exchanges_head(techniques):
+        spec = read_spec(found.hf_config, "none", names)
+    with torch.device("meta"):
+        model = Model(build(spec, found.hf_config), None, found.hf_config, path=found.origin, dtype=dtype)
+    net = model.net
+    held = None if found.ours or found.gguf else net.read_converted(found.base)
+    stored: Stored = dict(found.entries) if held is None else {name: Held(tensor) for name, tensor in held.items()}
+    stored = canonical(stored, net.layout)
+    others: dict[str, Source] = {}
+    links: list[dict[str, Any]] = []
+    if found.quantization is not None and not found.ours:
+        packed, stored = gptq_layout.read(found.quantization, net, stored, str(found.base / "config.json"))
+        others |= packed.parts()
+        links = packed.links(found.chain)
+    with torch.device("meta"):
+        if found.gguf is not None:
+            gguf = found.gguf if spec.head == "lm" else found.gguf.without_head()
+            gguf.rebuild(net, dtype)
+            others |= gguf.tensors
+        chains.rebuild(model, links)
+        if found.adapter is None:
+            chains.rebuild(model, found.chain)
+            others |= found.extras
+        else:
+            before = set(net.layout.tensors.values())
+            others |= adapters.rebuild(model, found.adapter)
+            exchanged = before.difference(net.layout.tensors.values())  # the base's head for another
+            stored = {name: entry for name, entry in stored.items() if name not in exchanged}
+    model.whole = found.alone and chains.leaves_plain(model) and model.spec == spec
+    return model, stored, others
 
 
-def based_on(folder: Path, saved: dict[str, Any]) -> str:
-    """The base that a folder without base weights names."""
-    if not isinstance(saved.get("base"), str) or not saved["base"]:
-        raise UserError(f"{folder}: names no base model; write it into adapter_config.json or burnish.json")
-    return saved["base"]
+def complete(model: Model, found: Sources) -> None:
+    """Give the model what belongs to it beside its weights: tokenizer, generation config, and what it is made of."""
+    folder, base, gguf = found.folder, found.base, found.gguf
+    here = folder if has_tokenizer(folder) else base
+    model.tokenizer = gguf_tokenizer.rebuilt(gguf.file) if gguf and here == base else load_tokenizer(here)
+    check_vocabulary(model, folder)
+    if gguf is not None:
+        model.generation_config = gguf.generation_config
+    elif (base / "generation_config.json").exists():
+        model.generation_config = read_json(base / "generation_config.json")
+    own = found.alone and (not found.chain or model.whole)  # such weights are a base of their own
+    model.plain = gguf is None and found.quantization is None and (own or not found.alone)
+    model.identity = identity(base) if own else found.saved.get("identity") or identity(base)
 
 
 def check_vocabulary(model: Model, folder: Path) -> None:
@@ -182,11 +161,6 @@ def check_vocabulary(model: Model, folder: Path) -> None:
         f"{folder}: the tokenizer has {len(model.tokenizer)} tokens and the embedding {rows} rows; nothing stands for "
         f"{', '.join(map(repr, sorted(beyond)[:3]))}: take the tokenizer that the weights were saved with"
     )
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder brings a tokenizer of its own."""
-    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"))
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from burnish.config import UserError, from_mapping
 from burnish.model.bundle import Model
 from burnish.model.linear import Linear
 from burnish.store import adapters
-from burnish.store.checkpoint import read_json
 from burnish.store.hub import resolve
 from burnish.store.identity import check_base
+from burnish.store.sources import read_json
 from burnish.store.tensors import Entry
 from burnish.tune.lora import Config
 from burnish.tune.mixing import Adapters, Mixed

@@ -12,8 +12,9 @@ from burnish.model.bundle import Model
 from burnish.model.families import read_spec
 from burnish.model.ngram import NGram
 from burnish.model.transformer import Transformer
-from burnish.store.checkpoint import load, read_json
+from burnish.store.checkpoint import load
 from burnish.store.hub import resolve
+from burnish.store.sources import read_json
 from burnish.store.take import LayersFrom, take
 from burnish.store.tokenizer import load_tokenizer, train_encoder_tokenizer, train_tokenizer
 

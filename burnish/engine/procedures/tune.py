@@ -17,11 +17,12 @@ from burnish.engine.settings import TrainConfig, check
 from burnish.engine.train import train
 from burnish.model.bundle import Context
 from burnish.plan import check_memory
-from burnish.store.checkpoint import based_on, load, read_json, save
+from burnish.store.checkpoint import load, save
 from burnish.store.classes import labels_of, lookup, names_of, whole
 from burnish.store.data import encode_classification, encode_rows
 from burnish.store.hub import resolve
 from burnish.store.rows import read_rows, require_column, split_rows
+from burnish.store.sources import based_on, read_json
 from burnish.store.take import LayersFrom, take
 from burnish.store.tensors import write_json
 
