@@ -34,7 +34,6 @@ from burnish.store.gguf_model import write
 SHAPE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 4096, "hidden_size": 256}
 SHAPE |= {"intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
 SHAPE |= {"max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": True}
-ASYMMETRIC = {"int_groups": {"bits": 4, "sym": False}}
 FORMATS: dict[str, list[Any]] = {
     "int8": ["int8"],
     "LLM.int8": [{"int8": {"llm_int8_threshold": 6.0}}],
@@ -45,8 +44,9 @@ FORMATS: dict[str, list[Any]] = {
     "fp4": ["fp4"],
     "rounded, 8 bits": [{"int_groups": {"bits": 8}}],
     "rounded, 4 bits": [{"int_groups": {"bits": 4}}],
-    "rounded, 4 bits, asymmetric": [ASYMMETRIC],
+    "rounded, 4 bits, asymmetric": [{"int_groups": {"bits": 4, "sym": False}}],
     "rounded, 3 bits": [{"int_groups": {"bits": 3}}],
+    "rounded, 3 bits, asymmetric": [{"int_groups": {"bits": 3, "sym": False}}],
     "rounded, 2 bits": [{"int_groups": {"bits": 2}}],
     "smoothquant, int8": ["smoothquant", {"int8": {"llm_int8_threshold": 1e9}}],
     "gptq, 8 bits": [{"gptq": {"bits": 8}}],
@@ -55,7 +55,7 @@ FORMATS: dict[str, list[Any]] = {
     "gptq, 2 bits": [{"gptq": {"bits": 2}}],
     "awq, gptq, 3 bits": [{"awq": {"bits": 3}}, {"gptq": {"bits": 3}}],
 }
-TYPES = ("q8_0", "q6_k", "q5_k", "q4_k", "q4_0")
+TYPES = ("f16", "bf16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0")
 
 
 def trained(text: Path, folder: Path, epochs: float) -> Path:
