@@ -17,17 +17,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import random
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from training import CLIP, RATE, Meter, base_of_peft, batch_of, spawn, train_burnish, train_peft, versus, write_base
 
 SHAPE = {
     "vocab_size": 32000,
@@ -39,7 +38,7 @@ SHAPE = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
-RANK, ALPHA, RATE, CLIP = 8, 16, 1e-3, 1.0
+RANK, ALPHA = 8, 16
 TARGETS: dict[str, Any] = {"q_proj,v_proj": ["q_proj", "v_proj"], "all-linear": "all-linear"}
 CASES: dict[str, dict[str, Any]] = {  # `trained`: the share of each row, at its end, that is a target
     "q,v 4 x 256": {"adapter": "q_proj,v_proj", "batch": 4, "length": 256, "trained": 1.0},
@@ -63,110 +62,13 @@ RESULT = Path(__file__).parent / "results" / "lora_step.json"
 
 def write_models(folder: Path) -> None:
     """The base with a one-word tokenizer, and an adapter for each of `TARGETS`, below `folder`."""
-    import torch
     from peft import LoraConfig, get_peft_model
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(folder / "base")
-    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a").save_pretrained(folder / "base")
+    write_base(folder / "base", SHAPE)
     for name, modules in TARGETS.items():
-        base = LlamaForCausalLM.from_pretrained(folder / "base")
+        base = base_of_peft(folder / "base")
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=modules, task_type="CAUSAL_LM")
         get_peft_model(base, config).save_pretrained(folder / name)
-
-
-def batch_of(case: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
-    """(rows of random ids, their labels)."""
-    draw = random.Random(0)
-    rows = [[draw.randrange(SHAPE["vocab_size"]) for _ in range(case["length"])] for _ in range(case["batch"])]
-    first = round(case["length"] * (1 - case["trained"]))
-    return rows, [[-100] * first + row[first:] for row in rows]
-
-
-class Meter:
-    """Wall and CPU seconds and loss of every step, and the peak resident bytes above the start, over all and after
-    two steps."""
-
-    def __init__(self) -> None:
-        self.baseline = _kernel_bytes("VmRSS")
-        self.peak = 0
-        self.losses: list[float] = []
-        self.seconds: list[float] = []
-        self.cpu_seconds: list[float] = []
-        _reset_peak()
-
-    def start(self) -> None:
-        self.peak = _kernel_bytes("VmHWM")
-        self.began = time.perf_counter(), time.process_time()
-
-    def step(self, loss: float) -> None:
-        now = time.perf_counter(), time.process_time()
-        self.seconds.append(now[0] - self.began[0])
-        self.cpu_seconds.append(now[1] - self.began[1])
-        self.losses.append(loss)
-        self.peak = max(self.peak, _kernel_bytes("VmHWM"))
-        if len(self.seconds) == 2:
-            _reset_peak()
-        self.began = time.perf_counter(), time.process_time()
-
-    def result(self) -> dict[str, Any]:
-        return {
-            "losses": self.losses,
-            "seconds": self.seconds,
-            "cpu_seconds": self.cpu_seconds,
-            "peak_bytes": self.peak - self.baseline,
-            "steady_peak_bytes": _kernel_bytes("VmHWM") - self.baseline,
-        }
-
-
-def train_burnish(meter: Meter, model: Any, case: dict[str, Any], steps: int, compile: bool) -> dict[str, Any]:
-    """The steps of burnish's loop on the case's batches."""
-    from burnish.engine.settings import TrainConfig
-    from burnish.engine.train import train
-    from burnish.model.example import Example
-
-    rows, labels = batch_of(case)
-    config = TrainConfig(
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        per_device_train_batch_size=case["batch"],
-        max_steps=steps,
-        max_grad_norm=CLIP,
-        compile=compile,
-    )
-    meter.start()
-    train(
-        model,
-        [Example(*pair) for pair in zip(rows, labels, strict=True)],
-        config,
-        progress=lambda step, total, loss, lr, speed, eta: meter.step(loss),
-    )
-    return meter.result()
-
-
-def train_peft(meter: Meter, model: Any, case: dict[str, Any], steps: int, compile: bool) -> dict[str, Any]:
-    """The steps of a bare loop around a model of peft."""
-    import torch
-
-    rows, labels = batch_of(case)
-    model.train()
-    if compile:
-        model.compile()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0, fused=True)
-    meter.start()
-    for _ in range(steps):
-        ids = torch.tensor(rows)
-        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor(labels)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        meter.step(loss.item())
-    return meter.result()
 
 
 def run_burnish(
@@ -177,17 +79,7 @@ def run_burnish(
     from burnish.store.checkpoint import load
 
     meter = Meter()
-    return train_burnish(meter, load(folder / case["adapter"], getattr(torch, dtype)), case, steps, compile)
-
-
-def base_of_peft(folder: Path, dtype: str = "bfloat16") -> Any:
-    """The base as transformers loads it."""
-    import torch
-    from transformers import LlamaForCausalLM
-
-    base = LlamaForCausalLM.from_pretrained(folder / "base", dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    base.config.use_cache = False
-    return base
+    return train_burnish(meter, load(folder / case["adapter"], getattr(torch, dtype)), case, steps, compile=compile)
 
 
 def run_peft(
@@ -197,7 +89,7 @@ def run_peft(
 
     meter = Meter()
     model = PeftModel.from_pretrained(
-        base_of_peft(folder, dtype),
+        base_of_peft(folder / "base", dtype),
         folder / case["adapter"],
         is_trainable=True,
         autocast_adapter_dtype=autocast_adapter_dtype,
@@ -218,7 +110,7 @@ def matrix_rate(case: dict[str, Any]) -> dict[str, Any]:
         SHAPE[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers")
     )
     tokens = case["batch"] * case["length"]
-    targets = sum(label != -100 for row in batch_of(case)[1] for label in row[1:])
+    targets = sum(label != -100 for row in batch_of(case, SHAPE["vocab_size"])[1] for label in row[1:])
     products = [  # (rows, out, in, forwards, backwards)
         (tokens, hidden, hidden, 4 * layers, 4 * layers - 3),
         (tokens, wide, hidden, 2 * layers, 2 * layers),
@@ -253,17 +145,6 @@ def _best(call: Any, repeats: int = 12) -> float:
     return min(times[1:])
 
 
-def _kernel_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")
-
-
-def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def worker(task: dict[str, Any]) -> dict[str, Any]:
     """What a child process does: one run, or the machine's rate."""
     import torch
@@ -279,23 +160,6 @@ def worker(task: dict[str, Any]) -> dict[str, Any]:
         import peft  # noqa: F401
         from transformers import LlamaForCausalLM  # noqa: F401
     return call(Path(task["folder"]), task["case"], task["steps"], **RUNS[task["run"]])
-
-
-def spawn(task: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--worker", json.dumps(task)]
-    if arguments.cpu:
-        command = ["taskset", "-c", arguments.cpu, *command]
-    with tempfile.TemporaryDirectory() as cache:
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(arguments.threads),
-            "TORCHINDUCTOR_CACHE_DIR": cache,
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-        }
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{shlex.join(command)}\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def summary(runs: list[dict[str, Any]], tokens: int, threads: int, rate: dict[str, Any]) -> dict[str, Any]:
@@ -333,12 +197,7 @@ def compare(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "burnish": best["burnish"],
         "peft": best["peft"],
-        "speed_ratio": theirs["step_cpu_seconds"] / ours["step_cpu_seconds"],
-        "wall_speed_ratio": theirs["step_seconds"] / ours["step_seconds"],
-        "peak_memory_ratio": ours["peak_bytes"] / theirs["peak_bytes"],
-        "steady_memory_ratio": ours["steady_peak_bytes"] / theirs["steady_peak_bytes"],
-        "initial_loss_difference": abs(ours["losses"][0] - theirs["losses"][0]),
-        "largest_loss_difference": max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)),
+        **versus(ours, theirs),
     }
 
 
@@ -368,7 +227,7 @@ def main() -> None:
             for case, by_run in measured.items():
                 for run in list(by_run)[:: -1 if turn % 2 else 1]:
                     task = {"folder": name, "steps": arguments.steps, "threads": arguments.threads, "case": CASES[case]}
-                    found = spawn({**task, "run": run}, arguments)
+                    found = spawn(__file__, {**task, "run": run}, arguments.threads, arguments.cpu)
                     by_run[run].append(found)
                     if run != "matrix rate":
                         print(

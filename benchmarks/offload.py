@@ -31,7 +31,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qlora_memory import SHAPE, write_model
+from qlora_memory import SHAPE
+from training import write_base
 
 PROMPT = [5, 17, 29, 311, 2048, 7, 19, 23]
 SHARE = 4  # the limit is the model's bytes over this
@@ -169,7 +170,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = arguments.folder or Path(name)
         if not (folder / "config.json").exists():
-            write_model(folder, shape)
+            write_base(folder, shape)
         size = (folder / "model.safetensors").stat().st_size
         task = {"folder": str(folder), "tokens": arguments.tokens, "threads": arguments.threads}
         with confined(size // SHARE) as group:

@@ -14,17 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import random
-import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from training import Meter, base_of_peft, spawn, train_burnish, train_peft, write_base
 
 SHAPE = {
     "vocab_size": 32000,
@@ -36,7 +32,8 @@ SHAPE = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }
-RANK, ALPHA, RATE, CLIP, TOKENS = 8, 16, 1e-3, 1.0, 512
+RANK, ALPHA, TOKENS = 8, 16, 512
+CASE: dict[str, Any] = {"batch": 1, "length": TOKENS, "trained": 1.0}
 LORA = {"lora": {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"}}
 NF4 = {"nf4": {"double_quant": True}}
 PAGED = {"optim": "paged_adamw", "optim_memory_limit": 4 << 20}
@@ -50,95 +47,30 @@ RUNS: dict[str, dict[str, Any]] = {
 RESULT = Path(__file__).parent / "results" / "qlora_memory.json"
 
 
-def write_model(folder: Path, shape: dict[str, Any] = SHAPE) -> None:
-    """The base, in one file, with a one-word tokenizer."""
-    import torch
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder, max_shard_size="100GB")
-    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a").save_pretrained(folder)
-
-
-def row() -> list[int]:
-    draw = random.Random(0)
-    return [draw.randrange(SHAPE["vocab_size"]) for _ in range(TOKENS)]
-
-
-class Meter:
-    """Wall and CPU seconds and loss of every step, and peaks of resident bytes above the start: of loading, and of
-    the whole."""
-
-    def __init__(self) -> None:
-        self.baseline = _kernel_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")
-        self.losses: list[float] = []
-        self.seconds: list[float] = []
-        self.cpu_seconds: list[float] = []
-
-    def loaded(self) -> None:
-        self.resident = _kernel_bytes("VmRSS") - self.baseline
-        self.load_peak = _kernel_bytes("VmHWM") - self.baseline
-        self.began = time.perf_counter(), time.process_time()
-
-    def step(self, loss: float) -> None:
-        now = time.perf_counter(), time.process_time()
-        self.seconds.append(now[0] - self.began[0])
-        self.cpu_seconds.append(now[1] - self.began[1])
-        self.losses.append(loss)
-        self.began = now
-
-    def result(self) -> dict[str, Any]:
-        return {
-            "losses": self.losses,
-            "seconds": self.seconds,
-            "cpu_seconds": self.cpu_seconds,
-            "imports_bytes": self.baseline,
-            "load_peak_bytes": self.load_peak,
-            "loaded_bytes": self.resident,
-            "peak_bytes": _kernel_bytes("VmHWM") - self.baseline,
-        }
-
-
 def run_burnish(
     folder: Path, steps: int, gradient_checkpointing: bool, techniques: list[Any], **optim: Any
 ) -> dict[str, Any]:
     from burnish.chain import apply
-    from burnish.engine.settings import TrainConfig
-    from burnish.engine.train import train
-    from burnish.model.example import Example
     from burnish.model.surgery import linears
     from burnish.store.checkpoint import load
 
     meter = Meter()
     model = apply(load(folder, techniques=techniques), techniques)
     weights = [linear.weight for _, linear in linears(model.net)]
-    meter.loaded()
-    config = TrainConfig(
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        per_device_train_batch_size=1,
-        max_steps=steps,
-        max_grad_norm=CLIP,
-        gradient_checkpointing=gradient_checkpointing,
-        **optim,
-    )
-    train(model, [Example(row(), row())], config, progress=lambda step, total, loss, *_: meter.step(loss))
+    options = {"gradient_checkpointing": gradient_checkpointing, **optim}
+    found = train_burnish(meter, model, CASE, steps, **options)
     stored = sum(weight.nbytes for weight in weights)
-    return meter.result() | {"linears_ratio": stored / sum(2 * w.shape[0] * w.shape[1] for w in weights)}
+    return found | {"linears_ratio": stored / sum(2 * w.shape[0] * w.shape[1] for w in weights)}
 
 
 def run_peft(folder: Path, steps: int, gradient_checkpointing: bool, quantised: bool) -> dict[str, Any]:
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+    from transformers import BitsAndBytesConfig
 
     meter = Meter()
     torch.manual_seed(0)
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
+    options: dict[str, Any] = {}
     if quantised:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -147,8 +79,7 @@ def run_peft(folder: Path, steps: int, gradient_checkpointing: bool, quantised: 
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
         options["device_map"] = {"": "cpu"}
-    base = LlamaForCausalLM.from_pretrained(folder, **options)
-    base.config.use_cache = False
+    base = base_of_peft(folder, **options)
     kinds = [module for path, module in base.named_modules() if path.endswith("_proj")]
     stored = sum(_stored_bytes(module.weight) for module in kinds)
     if gradient_checkpointing:
@@ -157,20 +88,9 @@ def run_peft(folder: Path, steps: int, gradient_checkpointing: bool, quantised: 
     model = get_peft_model(
         base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     )
-    model.train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0, fused=True)
-    meter.loaded()
-    for _ in range(steps):
-        ids = torch.tensor([row()])
-        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        meter.step(loss.item())
+    found = train_peft(meter, model, CASE, steps)
     dense = sum(2 * module.in_features * module.out_features for module in kinds)
-    return meter.result() | {"linears_ratio": stored / dense}
+    return found | {"linears_ratio": stored / dense}
 
 
 def _stored_bytes(weight: Any) -> int:
@@ -180,13 +100,6 @@ def _stored_bytes(weight: Any) -> int:
     if state is not None:
         tensors += [state.absmax, state.state2.absmax, state.offset]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _kernel_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")
 
 
 def worker(task: dict[str, Any]) -> dict[str, Any]:
@@ -210,19 +123,6 @@ def worker(task: dict[str, Any]) -> dict[str, Any]:
     return call(Path(task["folder"]), task["steps"], **options)
 
 
-def spawn(task: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--worker", json.dumps(task)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(task["threads"]),
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{shlex.join(command)}\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--steps", type=int, default=2, help="timed ones, after one that is not")
@@ -242,10 +142,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = arguments.folder or Path(name)
         if not (folder / "config.json").exists():
-            write_model(folder)
+            write_base(folder, SHAPE)
         for run in arguments.runs:
             task = {"folder": str(folder), "steps": 1 + arguments.steps, "threads": arguments.threads, "run": run}
-            found = spawn(task | {"gradient_checkpointing": arguments.gradient_checkpointing})
+            task["gradient_checkpointing"] = arguments.gradient_checkpointing
+            found = spawn(__file__, task, arguments.threads)
             medians = {f"step_{kind}": statistics.median(found[kind][1:]) for kind in ("seconds", "cpu_seconds")}
             rows[run] = found | medians
             write_report(arguments, rows)

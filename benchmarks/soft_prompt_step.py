@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lora_step import CLIP, RATE, SHAPE, Meter, base_of_peft, train_burnish, train_peft
+from lora_step import SHAPE
+from training import CLIP, RATE, Meter, base_of_peft, spawn, train_burnish, train_peft, versus, write_base
 
 TOKENS = 20
 CASE: dict[str, Any] = {"batch": 4, "length": 256, "trained": 1.0}
@@ -44,15 +43,10 @@ def write_models(folder: Path) -> None:
     """The base with a one-word tokenizer, and the start of each method, below `folder`."""
     import peft
     import torch
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(folder / "base")
-    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a").save_pretrained(folder / "base")
+    write_base(folder / "base", SHAPE)
     for method in METHODS.values():
-        model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(folder / "base"), peft_config(method))
+        model = peft.get_peft_model(base_of_peft(folder / "base"), peft_config(method))
         torch.save(model.prompt_encoder["default"].state_dict(), folder / f"{method}.pt")
 
 
@@ -71,7 +65,7 @@ def run_burnish(folder: Path, method: str, steps: int, compile: bool) -> dict[st
     if method == "prompt_tuning":
         start = {"embedding": start["embedding.weight"]}
     own.load_state_dict({name.replace("_head.", "."): tensor for name, tensor in start.items()})
-    return train_burnish(meter, model, CASE, steps, compile)
+    return train_burnish(meter, model, CASE, steps, compile=compile)
 
 
 def run_peft(folder: Path, method: str, steps: int, compile: bool) -> dict[str, Any]:
@@ -79,7 +73,7 @@ def run_peft(folder: Path, method: str, steps: int, compile: bool) -> dict[str, 
     import torch
 
     meter = Meter()
-    model: Any = peft.get_peft_model(base_of_peft(folder), peft_config(method))
+    model: Any = peft.get_peft_model(base_of_peft(folder / "base"), peft_config(method))
     model.prompt_encoder["default"].load_state_dict(torch.load(folder / f"{method}.pt"))
     return train_peft(meter, model, CASE, steps, compile)
 
@@ -97,17 +91,6 @@ def worker(task: dict[str, Any]) -> dict[str, Any]:
         import peft  # noqa: F401
         from transformers import LlamaForCausalLM  # noqa: F401
     return call(Path(task["folder"]), task["method"], task["steps"], RUNS[task["run"]])
-
-
-def spawn(task: dict[str, Any], arguments: argparse.Namespace, cache: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--worker", json.dumps(task)]
-    command = ["taskset", "-c", arguments.cpu, *command] if arguments.cpu else command
-    root = str(Path(__file__).resolve().parents[1])
-    places = {"TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONPATH": root, "OMP_NUM_THREADS": str(arguments.threads)}
-    done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{shlex.join(command)}\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -129,12 +112,7 @@ def compare(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     theirs = rows[best]
     return {
         "peft": best,
-        "speed_ratio": theirs["step_cpu_seconds"] / ours["step_cpu_seconds"],
-        "wall_speed_ratio": theirs["step_seconds"] / ours["step_seconds"],
-        "peak_memory_ratio": ours["peak_bytes"] / theirs["peak_bytes"],
-        "steady_memory_ratio": ours["steady_peak_bytes"] / theirs["steady_peak_bytes"],
-        "initial_loss_difference": abs(ours["losses"][0] - theirs["losses"][0]),
-        "largest_loss_difference": max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)),
+        **versus(ours, theirs),
     }
 
 
@@ -173,7 +151,7 @@ def main() -> None:
             for turn in range(arguments.rounds):
                 for run in arguments.runs[:: -1 if turn % 2 else 1]:
                     task = {"folder": str(folder), "steps": arguments.steps, "threads": arguments.threads, "run": run}
-                    found = spawn({**task, "method": METHODS[method]}, arguments, f"{name}/cache")
+                    found = spawn(__file__, {**task, "method": METHODS[method]}, arguments.threads, arguments.cpu)
                     by_run[run].append(found)
                     print(
                         f"{method:16} {run:14} {statistics.median(found['cpu_seconds'][2:]):6.3f} CPU s, "
