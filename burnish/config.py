@@ -126,6 +126,14 @@ def _expanded(value: Any, where: str) -> Any:
     return value
 
 
+def make_folder(folder: Path) -> None:
+    """Make an output_dir that may be there. Raises UserError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be made: {error.strerror}; choose another") from None
+
+
 def to_mapping(obj: Any) -> Any:
     """A dataclass as a JSON-able dict: paths and other objects become text, tuples and sets lists."""
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):

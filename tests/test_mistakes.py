@@ -100,6 +100,7 @@ MISTAKES = [
     (["eval", "classifier", "--task", "lama"], "this model has a classifier's head; take a language model"),
     (["eval", "bare", "--task", "lama"], "this model has no head; take a language model"),
     (["generate", "good", "--values", "{subject: x}"], "no template that takes subject"),
+    ([*COMPARE, "--output-dir", "rows.jsonl"], "output_dir: rows.jsonl cannot be made: File exists; choose another"),
     ([*COMPARE, "--max-steps", "-3"], "max_steps: must be at least 1, is -3"),
     ([*COMPARE, "--max-steps", "0"], "max_steps: must be at least 1, is 0"),
     ([*COMPARE, "--rows", "[{name: a, max_steps: -3}]"], "row 'a': max_steps: must be 0"),

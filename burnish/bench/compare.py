@@ -18,7 +18,7 @@ from burnish.bench.jobs import Jobs
 from burnish.bench.rows import RowConfig, learning_rates, majority_row, result_row, task_cells
 from burnish.bench.tasks import load_task, parse_task, without_choices
 from burnish.chain import compares, parse_chain
-from burnish.config import UserError, from_mapping, load_yaml, nearest, to_mapping
+from burnish.config import UserError, from_mapping, load_yaml, make_folder, nearest, to_mapping
 from burnish.plan import check_memory
 from burnish.store.hub import resolve
 from burnish.store.identity import identity
@@ -152,9 +152,9 @@ def claim(config: CompareConfig, model: Path) -> None:
                 f"{config.output_dir}: holds a comparison with other {' and '.join(differing)}; choose another "
                 "--output-dir, or --overwrite"
             )
-    elif config.output_dir.exists() and any(config.output_dir.iterdir()) and not record.exists():
+    elif config.output_dir.is_dir() and any(config.output_dir.iterdir()) and not record.exists():
         raise UserError(f"{config.output_dir}: is not empty and holds no comparison; choose another --output-dir")
-    config.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(config.output_dir)
     write_json({"run": ours, "config": to_mapping(config)}, record)
 
 

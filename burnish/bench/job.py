@@ -154,7 +154,7 @@ def main(job_path: str, result_path: str) -> int:
     try:
         result = {"status": "ok", "error": None, **KINDS[job["kind"]](job)}
     except UserError as error:
-        result = {"status": "failed", "error": str(error)}
+        result = {"status": "failed", "error": str(error), "refused": True}
     except (RuntimeError, MemoryError) as error:
         oom = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(x in str(error) for x in OUT_OF_MEMORY)
         if not oom and os.environ.get("BURNISH_DEBUG"):

@@ -24,13 +24,14 @@ from burnish.bench.jobs import Job, run_job
 from burnish.bench.latency import summary
 from burnish.bench.launcher import launchers
 from burnish.bench.strategies_page import COLUMNS, cells, kernel_lines, page
-from burnish.bench.strategy import DEFAULT, PARTS, parse
-from burnish.config import Bytes, UserError
+from burnish.bench.strategy import DEFAULT, PARTS, Strategy, parse
+from burnish.config import Bytes, UserError, make_folder
 from burnish.plan import check_memory
 from burnish.store.hub import resolve
 from burnish.store.tensors import write_json
 
 ROUNDS = 2
+AT_LEAST = {"runs": 1, "warmups": 0, "max_new_tokens": 2, "prompt_tokens": 0, "ranks": 2, "threads": 0}
 WIDE = 130  # columns of a terminal that hold all of `COLUMNS` in one table; in two where it has less
 FIRST = ("strategy", "batch", "latency", "first token", "a token", "memory", "of bandwidth")
 SECOND = ("strategy", "batch", "P50", "P95", "tokens/s", "load", "of matrix rate")
@@ -69,16 +70,15 @@ class BenchConfig:
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
-    """Time every strategy: {"limits", "rows", "environment"}. Raises UserError for unknown strategies."""
-    for name, least in (("runs", 1), ("warmups", 0), ("max_new_tokens", 2), ("prompt_tokens", 0), ("ranks", 2)):
-        if getattr(config, name) < least:
-            raise UserError(f"{name}: must be at least {least}, is {getattr(config, name)}")
-    for name in ("strategies", "batch_sizes"):
-        if not getattr(config, name):
-            raise UserError(f"{name}: name at least one")
-    ways = {name: parse(name, config.ranks, config.memory_limit or 0) for name in config.strategies}
+    """Time every strategy: {"limits", "rows", "environment"}.
+
+    Raises UserError for settings that make no sense, a model that cannot be had, and an output_dir that cannot be made.
+    """
+    ways = checked(config)
     folder = resolve(config.model)
     check_memory(folder, [list(way.techniques) for way in ways.values() if way.place != "offload"])
+    if config.output_dir is not None:
+        make_folder(config.output_dir)
     threads = config.threads or device.environment()["cores"]
     common = {
         "kind": "bench", "model": str(folder), "threads": threads, "dtype": config.dtype, "prompt": config.prompt,
@@ -96,12 +96,42 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         for number in range(ROUNDS):
             order = list(jobs) if number % 2 == 0 else list(reversed(jobs))
             for name in order:
+                if found[name] and found[name][-1]["status"] != "ok":
+                    continue  # it would fail, or take all of its time, once more
                 found[name].append(run_job({**jobs[name], "round": number}, Path(scratch), config.timeout, free))
                 print(
                     f"round {number + 1} of {ROUNDS}: {name}: {found[name][-1]['status']}", file=sys.stderr, flush=True
                 )
     rows = [row for name in jobs for row in rows_of(name, found[name], config.batch_sizes, limits)]
     return {"environment": device.environment(), "limits": limits, "rows": rows}
+
+
+def checked(config: BenchConfig) -> dict[str, Strategy]:
+    """The strategies by name. Raises UserError for what is wrong with the settings, whatever the model."""
+    for name, least in AT_LEAST.items():
+        if getattr(config, name) < least:
+            raise UserError(f"{name}: must be at least {least}, is {getattr(config, name)}")
+    for name in ("strategies", "batch_sizes"):
+        if not getattr(config, name):
+            raise UserError(f"{name}: name at least one")
+        if len(set(getattr(config, name))) < len(getattr(config, name)):
+            raise UserError(f"{name}: one is named twice; remove it")
+    if min(config.batch_sizes) < 1:
+        raise UserError(f"batch_sizes: must be at least 1, is {min(config.batch_sizes)}")
+    if config.timeout <= 0:
+        raise UserError(f"timeout: must be above 0, is {config.timeout}")
+    if not config.prompt and not config.prompt_tokens:
+        raise UserError("prompt: it is empty; write something, or give prompt_tokens")
+    device.parse_dtype(config.dtype or None)
+    ways: dict[str, Strategy] = {}
+    for name in config.strategies:
+        way = parse(name, config.ranks, config.memory_limit or 0)
+        if twin := next((other for other, known in ways.items() if known == way), None):
+            raise UserError(f"strategies: '{name}' is '{twin}' in other words; remove one")
+        ways[name] = way
+    if config.memory_limit is not None and "offload" not in ways:
+        raise UserError("memory_limit: is offload's; leave it away, or name offload among the strategies")
+    return ways
 
 
 def rows_of(name: str, rounds: Sequence[Job], batch_sizes: Sequence[int], limits: Job) -> list[dict[str, Any]]:
@@ -162,13 +192,13 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> Any:
 
 
 def run(config: BenchConfig) -> int:
-    """Time and print; 1 where no strategy ran."""
+    """Time and print; where no strategy ran 2 if each refused what it was given, else 1."""
     found = bench(config)
     if config.output_dir is not None:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
         write_json(found, config.output_dir / "bench.json")
         (config.output_dir / "report.html").write_text(page(found, config.model), encoding="utf-8")
-    status = 0 if any(row["status"] == "ok" for row in found["rows"]) else 1
+    refused = all(row.get("refused") for row in found["rows"])
+    status = 0 if any(row["status"] == "ok" for row in found["rows"]) else 2 if refused else 1
     if config.json:
         print(json.dumps(found))
     else:

@@ -21,6 +21,7 @@ from torch import nn
 from burnish import chain, device
 from burnish.bench.rows import Result
 from burnish.compress.gguf import Table
+from burnish.config import UserError
 from burnish.engine.decoding import GenerationConfig
 from burnish.engine.generate import Prompt, stream
 from burnish.model.bundle import Model
@@ -72,7 +73,7 @@ def half_beside(model: str, where: torch.device) -> int:
 
 def over_ranks(job: Result) -> dict[str, Any]:
     """The job in `ranks` processes: the first one's times, and the memory and weights of all. Raises RuntimeError with
-    what the ranks said last where one failed."""
+    what the ranks said last where one failed, UserError where they refused what they were given."""
     count = job["ranks"]
     with tempfile.TemporaryDirectory() as scratch, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -94,11 +95,13 @@ def over_ranks(job: Result) -> dict[str, Any]:
                 process.kill()
         results = [Path(scratch) / f"{rank}.json" for rank in range(count)]
         found = [json.loads(path.read_text()) for path in results if path.exists()]
-        said = [one["error"] for one in found if one["status"] != "ok"]
+        failed = [one for one in found if one["status"] != "ok"]
+        said = [one["error"] for one in failed]
         for path in sorted(Path(scratch).glob("*.log")):
             said += [line for line in path.read_text(errors="replace").split("\n") if any(codes) and line.strip()][-1:]
     if said or any(codes):
-        raise RuntimeError("; ".join(dict.fromkeys(said)) or f"the ranks ended with status {codes}")
+        refused = not any(codes) and all(one.get("refused") for one in failed)
+        raise (UserError if refused else RuntimeError)("; ".join(dict.fromkeys(said)) or f"the ranks ended with status {codes}")
     memory = [one["peak_memory_bytes"] for one in found]
     summed = {name: sum(one[name] for one in found) for name in ("weight_bytes", "prompt_weights", "answer_weights")}
     devices = count if torch.cuda.is_available() else 1

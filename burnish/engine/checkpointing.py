@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from burnish.config import UserError
+from burnish.config import UserError, make_folder
 from burnish.model.example import Example
 
 log = logging.getLogger(__name__)
@@ -190,10 +190,7 @@ def start(folder: Path, run: Mapping[str, Any], overwrite: bool) -> tuple[Path, 
 
     With `overwrite`, checkpoints there are deleted.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir: {folder} cannot be made: {error.strerror}; choose another") from None
+    make_folder(folder)
     if overwrite:
         for _, path in checkpoints(folder):
             shutil.rmtree(path)

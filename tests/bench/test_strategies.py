@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -164,8 +165,11 @@ def test_a_strategy_that_fails_is_its_own_loss(tmp_path, capsys):
     folder = tiny.write(tmp_path / "odd", tiny.reference("llama", num_attention_heads=1, num_key_value_heads=1))
     config = BenchConfig(str(folder), ["tensor_parallel", "plain"], runs=1, warmups=0, max_new_tokens=2)
     assert run(replace(config, json=True)) == 0
-    broken, plain = json.loads(capsys.readouterr().out)["rows"]
-    assert broken["status"] == "failed" and "attention heads" in broken["error"] and plain["status"] == "ok"
+    told = capsys.readouterr()
+    assert told.err.count("tensor_parallel: failed") == 1 and told.err.count("plain: ok") == 2
+    broken, plain = json.loads(told.out)["rows"]
+    assert broken["refused"] and broken["status"] == "failed" and "attention heads" in broken["error"]
+    assert plain["status"] == "ok"
     assert "attention heads" in page({"rows": [broken], "limits": LIMITS, "environment": {"cpu": "x", "gpus": []}}, "m")
 
 
@@ -179,6 +183,11 @@ def test_a_bench_of_which_nothing_ran_fails(monkeypatch, capsys, words):
     told = capsys.readouterr()
     assert told.err == "burnish bench: no strategy ran; int8: no int8\n"
     assert json.loads(told.out) == found if words else all(f"{name}: no" in told.out for name in ("int8", "nf4"))
+    rows[0]["refused"] = True
+    assert cli.main(["bench", *words]) == 1
+    rows[1]["refused"] = True
+    assert cli.main(["bench", *words]) == 2
+    capsys.readouterr()
     rows[1] = row("nf4", text="yes")
     assert cli.main(["bench", *words]) == 0 and not capsys.readouterr().err
 
@@ -217,8 +226,23 @@ def test_the_limits_fractions_follow_from_the_times(devices):
     ({"batch_sizes": []}, "batch_sizes: name at least one"),
     ({"runs": 0}, "runs: must be at least 1"),
     ({"max_new_tokens": 1}, "max_new_tokens: must be at least 2"),
+    ({"batch_sizes": [1, 0]}, "batch_sizes: must be at least 1, is 0"),
+    ({"batch_sizes": [2, 2]}, "batch_sizes: one is named twice"),
+    ({"strategies": ["plain", "plain"]}, "strategies: one is named twice"),
+    ({"strategies": ["int8+fused", "fused+int8"]}, "'fused.int8' is 'int8.fused' in other words"),
+    ({"threads": -1}, "threads: must be at least 0"),
+    ({"timeout": 0.0}, "timeout: must be above 0"),
+    ({"dtype": "fp8"}, "dtype: 'fp8' is not one of"),
+    ({"prompt": ""}, "prompt: it is empty"),
+    ({"strategies": ["plain"], "memory_limit": 10**9}, "memory_limit: is offload's"),
+    ({"output_dir": Path(__file__)}, "output_dir: .* cannot be made: File exists; choose another"),
+    ({"output_dir": Path("made"), "model": "no/such-folder/here"}, "no such folder"),
     ({"model": "no/such-folder/here"}, "no such folder"),
 ])  # fmt: skip
-def test_mistakes(root, settings, message):
+def test_mistakes(root, tmp_path, monkeypatch, settings, message):
+    """Each is told before anything runs, and no folder is left."""
+    monkeypatch.setattr(strategies, "run_job", None)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         bench(BenchConfig(**{"model": str(tiny.folder(root, "llama")), **settings}))
+    assert not (tmp_path / "made").exists()
