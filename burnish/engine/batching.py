@@ -57,6 +57,8 @@ class BatchConfig:
         for name in ("kv_memory", "block_size", "max_batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: must be at least 1, is {getattr(self, name)}")
+        if self.kv_cache_dtype not in ("auto", "int8"):
+            raise UserError(f"kv_cache_dtype: must be auto or int8, is {self.kv_cache_dtype!r}")
         if self.max_batch_tokens < self.max_batch_size:
             raise UserError(
                 f"max_batch_tokens: {self.max_batch_tokens} are too few for a token of each of"

@@ -19,9 +19,11 @@ AT_LEAST = {
     "prompt_lookup_num_tokens": 0,
     "num_assistant_tokens": 1,
 }
+GUESSES = 8
 FAR = 1e12  # so that no logit leaves float32
 SHARES = ("top_p", "typical_p")  # above 0, at most 1
 SAMPLING = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1}  # and what switches each off
+BEAMS = {"length_penalty": 1, "early_stopping": False}  # the same for beam search
 LOOPS = {  # what replaces one token a step, and what each is called
     "num_beams": (1, "beam search"),
     "penalty_alpha": (0, "contrastive search"),
@@ -62,11 +64,11 @@ class GenerationConfig:
     assistant_model: str = option(
         "", "speculation: a smaller model of the same tokens (an n-gram model, say), whose likeliest tokens are tried"
     )
-    num_assistant_tokens: int = option(8, "most tokens of the smaller model that are tried at once")
+    num_assistant_tokens: int = option(GUESSES, "most tokens of the smaller model that are tried at once")
     choices: list[str] = field(
-        default_factory=list, metadata={"help": "the reply is one of these texts, a space before it apart"}
+        default_factory=list, metadata={"help": "the reply is one of these texts, a space before it apart, if max_new_tokens reach"}
     )
-    json_schema: dict[str, Any] = field(default_factory=dict, metadata={"help": "the reply is JSON of this schema"})
+    json_schema: dict[str, Any] = field(default_factory=dict, metadata={"help": "the reply is JSON of this schema, if max_new_tokens reach"})
     stop: list[str] = field(
         default_factory=list, metadata={"help": 'texts that end the reply and are left off, as in ["\\n", "User:"]'}
     )
@@ -103,6 +105,8 @@ class GenerationConfig:
             raise UserError(f"min_new_tokens: {self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop: a list of non-empty texts is needed, not {self.stop!r}")
+        if isinstance(self.choices, str) or not all(isinstance(text, str) for text in self.choices):
+            raise UserError(f"choices: a list of texts is needed, not {self.choices!r}")
         self._check_loops()
 
     def _check_loops(self) -> None:
@@ -115,6 +119,13 @@ class GenerationConfig:
             raise UserError(f"num_beam_groups: {self.num_beams} beams do not make {self.num_beam_groups} equal groups")
         if self.diversity_penalty and self.num_beam_groups == 1:
             raise UserError("diversity_penalty: acts between groups of beams; set num_beam_groups")
+        if self.num_beam_groups > 1 and not self.diversity_penalty:
+            raise UserError("num_beam_groups: without diversity_penalty all groups choose alike; set it above 0")
+        for name, off in BEAMS.items():
+            if self.num_beams == 1 and getattr(self, name) != off:
+                raise UserError(f"{name}: acts in beam search; set num_beams to 2 or more")
+        if self.num_assistant_tokens != GUESSES and not self.assistant_model:
+            raise UserError("num_assistant_tokens: acts with an assistant_model; for prompt look-up set its own number")
         if self.penalty_alpha and self.top_k < 2:
             raise UserError("penalty_alpha: contrastive search chooses among top_k tokens; set top_k to 2 or more")
         guided = [name for name in ("choices", "json_schema") if getattr(self, name)]

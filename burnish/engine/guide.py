@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from burnish.chain import Model
 from burnish.config import UserError
+from burnish.engine.decoding import GenerationConfig
 from burnish.engine.sampling import NEVER
+
+log = logging.getLogger(__name__)
 
 
 class Guide:
@@ -51,6 +55,24 @@ class Guide:
             bits = torch.from_numpy(self.mask).view(torch.uint8)[0, :, None] >> torch.arange(8) & 1
             allowed[row] = bits.flatten()[: logits.shape[1]].bool()
         return logits.masked_fill(~allowed.to(logits.device), NEVER)
+
+
+def warn_where_cut(name: str, reply: str, config: GenerationConfig) -> None:
+    """Warn of a prompt's reply that ended by its length before it was what `choices` or `json_schema` ask for."""
+    if config.choices:
+        missed, what = reply not in {space + text for text in config.choices for space in ("", " ")}, "one of choices"
+    else:
+        missed, what = not _is_json(reply), "the JSON that json_schema asks for"
+    if missed:
+        log.warning("%s: the reply was cut off before it was %s; raise max_new_tokens", name, what)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def whole(tokenizer: Any) -> Any:

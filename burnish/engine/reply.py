@@ -12,6 +12,7 @@ from torch import Tensor
 
 from burnish import chain
 from burnish.chain import Model
+from burnish.config import UserError
 from burnish.engine import sampling
 from burnish.engine.decoding import GenerationConfig
 from burnish.engine.detokenizer import Detokenizer
@@ -120,7 +121,13 @@ def eos_ids(model: Model) -> set[int]:
 
 def ends_of(model: Model, config: GenerationConfig) -> dict[int, FinishReason]:
     """The tokens that end a reply: the model's own, those asked for, and stop texts that are special tokens, which no
-    text shows."""
+    text shows. Raises UserError for stop_token_ids that the model lacks."""
+    for token in config.stop_token_ids:
+        if token not in range(model.spec.vocab_size):
+            raise UserError(
+                f"stop_token_ids: token {token} is none of the model's, 0 to {model.spec.vocab_size - 1}; take the"
+                " numbers from its own tokenizer"
+            )
     added = {} if model.tokenizer is None else model.tokenizer.added_tokens_decoder
     marks: dict[int, FinishReason] = dict.fromkeys(config.stop_token_ids, "stop")
     marks |= {i: "stop" for i, token in added.items() if token.special and str(token) in config.stop}

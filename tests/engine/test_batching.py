@@ -293,6 +293,10 @@ def test_refusals(root):
         BatchConfig(max_batch_tokens=8)
     with pytest.raises(UserError, match=r"block_size: must be at least 1"):
         BatchConfig(block_size=0)
+    with pytest.raises(UserError, match=r"kv_cache_dtype: must be auto or int8, is 'int4'"):
+        BatchConfig(kv_cache_dtype="int4")
+    with pytest.raises(UserError, match="stop_token_ids: token 80 is none of the model's, 0 to 79"):
+        pool.submit(drawn(0, 3), GenerationConfig(max_new_tokens=1, stop_token_ids=[3, 80]))
     with pytest.raises(UserError, match=r"64 positions"):
         batcher(load(root, "gpt2")).submit(drawn(0, 60), LONG)
     for family in ("t5", "bert"):

@@ -251,6 +251,26 @@ def test_a_beam_without_chance_leaves_the_others_their_grammar():
     assert torch.equal(guide(logits[:1], [[]])[0], good) and good[1] == NEVER
 
 
+@pytest.mark.parametrize(("settings", "told"), [
+    ({"choices": ["negative, and badly so"]}, "prompt 1: the reply was cut off before it was one of choices"),
+    ({"choices": ["positive"]}, ""),
+    ({"json_schema": {"type": "boolean"}}, "prompt 1: the reply was cut off before it was the JSON that"),
+    ({"json_schema": {"type": "integer", "minimum": 7, "maximum": 7}}, ""),
+    ({}, ""),
+])  # fmt: skip
+def test_a_guided_reply_that_is_cut_off_is_told(settings, told, caplog):
+    pytest.importorskip("llguidance")
+    config = GenerationConfig(max_new_tokens=1, **settings)
+    assert generate(burnish.load("pebble"), ["Review: dull. Sentiment:"], config)[0].finish_reason == "length"
+    assert (told in caplog.text) if told else not caplog.text
+
+
+@pytest.mark.parametrize("token", [-1, 1 << 20, "a"])
+def test_a_stop_token_that_the_model_lacks(token):
+    with pytest.raises(UserError, match=f"stop_token_ids: token {token} is none of the model's, 0 to "):
+        generate(burnish.load("pebble"), ["a"], GenerationConfig(stop_token_ids=[token]))
+
+
 def test_a_schema_that_makes_no_sense():
     pytest.importorskip("llguidance")
     with pytest.raises(UserError, match="json_schema: "):
