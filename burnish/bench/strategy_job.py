@@ -101,7 +101,9 @@ def over_ranks(job: Result) -> dict[str, Any]:
             said += [line for line in path.read_text(errors="replace").split("\n") if any(codes) and line.strip()][-1:]
     if said or any(codes):
         refused = not any(codes) and all(one.get("refused") for one in failed)
-        raise (UserError if refused else RuntimeError)("; ".join(dict.fromkeys(said)) or f"the ranks ended with status {codes}")
+        raise (UserError if refused else RuntimeError)(
+            "; ".join(dict.fromkeys(said)) or f"the ranks ended with status {codes}"
+        )
     memory = [one["peak_memory_bytes"] for one in found]
     summed = {name: sum(one[name] for one in found) for name in ("weight_bytes", "prompt_weights", "answer_weights")}
     devices = count if torch.cuda.is_available() else 1

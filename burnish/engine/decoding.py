@@ -66,9 +66,9 @@ class GenerationConfig:
     )
     num_assistant_tokens: int = option(GUESSES, "most tokens of the smaller model that are tried at once")
     choices: list[str] = field(
-        default_factory=list, metadata={"help": "the reply is one of these texts, a space before it apart, if max_new_tokens reach"}
+        default_factory=list, metadata={"help": "the reply is one of these texts, a space before it apart"}
     )
-    json_schema: dict[str, Any] = field(default_factory=dict, metadata={"help": "the reply is JSON of this schema, if max_new_tokens reach"})
+    json_schema: dict[str, Any] = field(default_factory=dict, metadata={"help": "the reply is JSON of this schema"})
     stop: list[str] = field(
         default_factory=list, metadata={"help": 'texts that end the reply and are left off, as in ["\\n", "User:"]'}
     )

@@ -27,7 +27,6 @@ from burnish.engine.beams import beam_search
 from burnish.engine.chooser import Chooser, not_numbers
 from burnish.engine.contrastive import contrastive_search
 from burnish.engine.decoding import GenerationConfig
-from burnish.engine.guide import warn_where_cut
 from burnish.engine.order import encode
 from burnish.engine.reply import Ends, Generation, Piece, Row, after, batch_of, begin, ends_of, routes
 from burnish.engine.speculation import speculate
@@ -186,18 +185,14 @@ def _loop(config: GenerationConfig) -> Loop:
 
 @torch.inference_mode()
 def _run(model: Model, groups: Sequence[list[Row]], config: GenerationConfig, ends: Ends) -> Iterator[Piece]:
-    training, guided = model.net.training, bool(config.choices or config.json_schema)
+    training = model.net.training
     model.net.eval()
     try:
         longest = max((len(row.example.ids) for group in groups for row in group), default=0)
         steps = config.max_new_tokens * len(groups)
         with fused(model.net, longest, steps) if config.fused else nullcontext():
             for group in groups:
-                names = {row.index: row.name for row in group}
-                for piece in _loop(config)(model, group, config, ends):
-                    yield piece
-                    if guided and piece.done and piece.done.finish_reason == "length":
-                        warn_where_cut(names[piece.row], piece.done.text, config)
+                yield from _loop(config)(model, group, config, ends)
     finally:
         model.net.train(training)
 

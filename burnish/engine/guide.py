@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +13,8 @@ from torch import Tensor
 from burnish.chain import Model
 from burnish.config import UserError
 from burnish.engine.decoding import GenerationConfig
+from burnish.engine.reply import Generation
 from burnish.engine.sampling import NEVER
-
-log = logging.getLogger(__name__)
 
 
 class Guide:
@@ -57,14 +55,13 @@ class Guide:
         return logits.masked_fill(~allowed.to(logits.device), NEVER)
 
 
-def warn_where_cut(name: str, reply: str, config: GenerationConfig) -> None:
-    """Warn of a prompt's reply that ended by its length before it was what `choices` or `json_schema` ask for."""
-    if config.choices:
-        missed, what = reply not in {space + text for text in config.choices for space in ("", " ")}, "one of choices"
-    else:
-        missed, what = not _is_json(reply), "the JSON that json_schema asks for"
-    if missed:
-        log.warning("%s: the reply was cut off before it was %s; raise max_new_tokens", name, what)
+def cut(done: Generation, config: GenerationConfig) -> str:
+    """What to tell of a reply that ended by its length before it was what `choices` or `json_schema` ask for, or ""."""
+    if done.finish_reason != "length" or not (config.choices or config.json_schema):
+        return ""
+    whole = any(done.text in (text, f" {text}") for text in config.choices) if config.choices else _is_json(done.text)
+    what = "one of choices" if config.choices else "the JSON that json_schema asks for"
+    return "" if whole else f"the reply was cut off before it was {what}; raise max_new_tokens"
 
 
 def _is_json(text: str) -> bool:

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 from burnish.chain import Model
 from burnish.config import Bytes, UserError, to_mapping
 from burnish.device import parse_dtype
-from burnish.engine.generate import GenerationConfig, Prompt, chat_prompt, generate, stream
+from burnish.engine.generate import Generation, GenerationConfig, Prompt, chat_prompt, generate, stream
+from burnish.engine.guide import cut
 from burnish.place.choice import Place, placed, ranks_of
 from burnish.place.ranks import Ranks
 from burnish.store.checkpoint import load
@@ -91,12 +92,19 @@ def _answer(model: Model, texts: Sequence[str], config: GenerateConfig, say: Cal
     if len(prompts) == 1 and not config.json:
         for piece in stream(model, prompts, config):
             say(piece.text, end="", flush=True)
-        return say()
-    for text, done in zip(texts, generate(model, prompts, config), strict=True):
+        say()
+        return _warn(piece.done, config, "", say)
+    for number, (text, done) in enumerate(zip(texts, generate(model, prompts, config), strict=True), 1):
         if config.json:
             say(json.dumps({"prompt": text, **to_mapping(done)}, ensure_ascii=False))
         else:
             say(f"> {text}\n{done.text}\n")
+        _warn(done, config, f"prompt {number}: ", say)
+
+
+def _warn(done: Generation | None, config: GenerationConfig, name: str, say: Callable[..., None]) -> None:
+    if done and (told := cut(done, config)):
+        say(f"{name}{told}", file=sys.stderr)
 
 
 def _silent(*values: object, **options: Any) -> None:

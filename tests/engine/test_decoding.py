@@ -11,6 +11,7 @@ import torch
 from test_generate import PROMPTS, load
 
 import burnish
+from burnish.cli import main
 from burnish.config import UserError
 from burnish.engine import speculation
 from burnish.engine.decoding import GenerationConfig
@@ -251,18 +252,20 @@ def test_a_beam_without_chance_leaves_the_others_their_grammar():
     assert torch.equal(guide(logits[:1], [[]])[0], good) and good[1] == NEVER
 
 
-@pytest.mark.parametrize(("settings", "told"), [
-    ({"choices": ["negative, and badly so"]}, "prompt 1: the reply was cut off before it was one of choices"),
-    ({"choices": ["positive"]}, ""),
-    ({"json_schema": {"type": "boolean"}}, "prompt 1: the reply was cut off before it was the JSON that"),
-    ({"json_schema": {"type": "integer", "minimum": 7, "maximum": 7}}, ""),
-    ({}, ""),
+@pytest.mark.parametrize(("words", "told"), [
+    (["--choices", "[Thornbury by the sea]"], "cut off before it was one of choices; raise max_new_tokens"),
+    (["--choices", "Thornbury"], ""),
+    (["--json-schema", "{type: boolean}"], "cut off before it was the JSON that json_schema asks for; raise max_new"),
+    (["--json-schema", "{type: integer, minimum: 7, maximum: 7}"], ""),
+    ([], ""),
 ])  # fmt: skip
-def test_a_guided_reply_that_is_cut_off_is_told(settings, told, caplog):
+@pytest.mark.parametrize("json_lines", [[], ["--json"]])
+def test_a_guided_reply_that_is_cut_off_is_told(words, told, json_lines, capsys):
     pytest.importorskip("llguidance")
-    config = GenerationConfig(max_new_tokens=1, **settings)
-    assert generate(burnish.load("pebble"), ["Review: dull. Sentiment:"], config)[0].finish_reason == "length"
-    assert (told in caplog.text) if told else not caplog.text
+    prompt = "Question: Where was Maren Larquist born? Answer:"
+    assert main(["generate", "pebble", "--prompt", prompt, "--max-new-tokens", "1", *words, *json_lines]) == 0
+    error = capsys.readouterr().err
+    assert (told in error and error.startswith("prompt 1: " if json_lines else "the reply was")) if told else not error
 
 
 @pytest.mark.parametrize("token", [-1, 1 << 20, "a"])
