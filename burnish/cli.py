@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from burnish.config import ALIASES, UserError, field_types, nearest, read_config, type_name
+from burnish.config import ALIASES, FALSE, TRUE, UserError, field_types, nearest, read_config, type_name
 
 DEBUG = "BURNISH_DEBUG"
 
@@ -178,6 +178,7 @@ def parse(cls: type, words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
     path: str | None = None
     flags: dict[str, Any] = {}
     rest = list(words)
+    switch = ""  # the one before, if it was given without a value
     while rest:
         word = rest.pop(0)
         if not word.startswith("-") or word == "-":
@@ -185,9 +186,13 @@ def parse(cls: type, words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
                 path = word
             elif positional and positional not in flags:
                 flags[positional] = word
+            elif switch:
+                raise UserError(f"{switch}: expected true or false, found '{word}'")
             else:
                 raise UserError(f"unexpected argument '{word}'; settings are given as --name value")
+            switch = ""
             continue
+        switch = ""
         given, equals, text = word.removeprefix("--").partition("=")
         key = given.replace("-", "_")
         key = ALIASES.get(key, key) if key not in hints else key
@@ -195,7 +200,9 @@ def parse(cls: type, words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
         if key in hints and equals:
             flags[key] = text
         elif key in hints and _is_switch(hints[key]):
-            flags[key] = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else True
+            told = bool(rest) and rest[0].lower() in TRUE + FALSE
+            flags[key] = rest.pop(0) if told else True
+            switch = "" if told else word
         elif key in hints:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{given} needs a value: --{given}={type_name(hints[key]).upper()}")

@@ -221,6 +221,8 @@ def _coerce(value: Any, kind: Any) -> Any:
         return Path(value).expanduser()
     if base is str and value is not None and not isinstance(value, (bool, list, dict)):
         return str(value)
+    if base is str and isinstance(value, bool):
+        raise ValueError(f"expected text, found {value}, which is what YAML makes of yes, no, on and off; quote it")
     raise _expected(kind, value)
 
 

@@ -37,6 +37,9 @@ def places(root, tmp_path, monkeypatch):
     shutil.copytree("good", "broken")
     (tmp_path / "broken" / "config.json").write_text('{"model_type": "lamma"}')
     shutil.copytree("good", "cut")
+    shutil.copytree("good", "mute")
+    for file in (tmp_path / "mute").glob("tokenizer*"):
+        file.unlink()
     data = (tmp_path / "good" / "model.safetensors").read_bytes()
     (tmp_path / "cut" / "model.safetensors").write_bytes(data[: len(data) // 2])
     return tmp_path
@@ -63,6 +66,7 @@ MISTAKES = [
     (["generate", "pickled", "--prompt", "x"], "pickle"),
     (["generate", "broken", "--prompt", "x"], "lamma"),
     (["generate", "cut", "--prompt", "x"], "copy or download it again"),
+    (["generate", "mute", "--prompt", "x"], "mute: holds no tokenizer; copy tokenizer.json"),
     (["generate", "good", "--prompt", "x", "--top-p", "3"], "top_p"),
     (["merge", "good", "--output-dir", "out"], "good: is a plain checkpoint already"),
     ([*TUNE, "--model", "bare"], "this bert encoder has no head, so it answers nothing; put one on"),

@@ -43,6 +43,8 @@ CHAT_TEMPLATE = (
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PLACEHOLDER = "\ue000reply\ue000"  # private-use characters, which no template or text contains
 
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+
 Message = dict[str, Any]
 Span = tuple[int, int]
 
@@ -66,6 +68,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     except MemoryError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception on a malformed file
+        if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
+            raise UserError(f"{folder}: holds no tokenizer; copy tokenizer.json and its like into it") from None
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{folder}: the tokenizer cannot be read: {reason}") from error
     return tokenizer
