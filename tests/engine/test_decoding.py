@@ -268,6 +268,19 @@ def test_a_guided_reply_that_is_cut_off_is_told(words, told, json_lines, capsys)
     assert (told in error and error.startswith("prompt 1: " if json_lines else "the reply was")) if told else not error
 
 
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"num_beams": 4, "num_beam_groups": 2}, "num_beam_groups: without diversity_penalty all groups choose alike"),
+    ({"length_penalty": 0.5}, "length_penalty: acts in beam search"),
+    ({"early_stopping": True}, "early_stopping: acts in beam search"),
+    ({"num_assistant_tokens": 4}, "num_assistant_tokens: acts with an assistant_model"),
+    ({"choices": "yes"}, "choices: a list of texts is needed, not 'yes'"),
+    ({"choices": ["yes", False]}, "choices: a list of texts"),
+])  # fmt: skip
+def test_settings_that_would_do_nothing(settings, message):
+    with pytest.raises(UserError, match=message):
+        GenerationConfig(**settings)
+
+
 @pytest.mark.parametrize("token", [-1, 1 << 20, "a"])
 def test_a_stop_token_that_the_model_lacks(token):
     with pytest.raises(UserError, match=f"stop_token_ids: token {token} is none of the model's, 0 to "):
