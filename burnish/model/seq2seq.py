@@ -54,15 +54,16 @@ class CrossAttention(Attention):
     def forward(self, x: Tensor, frame: Frame) -> Tensor:
         source: Source = frame.source
         q = frame.rows(self.q_proj(x).unflatten(1, (-1, self.spec.head_dim)))
-        k, v = source.keys.get(self.layer) or self.read(source)
+        k, v = source.keys.get(self.layer) or self.read(source, x.device)
         alone = Frame(frame.batch, frame.length, source.mask, False, None, None, None)
         return self.o_proj(frame.flat(self.attend(q, k, v, alone)).flatten(1))
 
-    def read(self, source: Source) -> tuple[Tensor, Tensor]:
-        """The source's keys and values, each (B, S, heads, head_dim)."""
+    def read(self, source: Source, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The source's keys and values on the layer's `device`, each (B, S, heads, head_dim). The weights do not tell
+        it: they may still be in their files."""
         rows, tokens = source.states.shape[:2]
         shape = (rows, tokens, -1, self.spec.head_dim)
-        flat = source.states.flatten(0, 1).to(next(self.parameters()).device)
+        flat = source.states.flatten(0, 1).to(device)
         k, v = self.k_proj(flat).view(shape), self.v_proj(flat).view(shape)
         if source.kept:
             source.keys[self.layer] = k, v

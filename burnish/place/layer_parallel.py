@@ -144,7 +144,7 @@ class OverRanks:
         for layer in self.layers:
             attention: CrossAttention = layer.cross_attn  # type: ignore[assignment]
             if layer.index not in frame.source.keys:
-                attention.read(frame.source)
+                attention.read(frame.source, next(attention.parameters()).device)
 
 
 def parts(frame: Frame, world: int) -> list[tuple[slice, int, int]]:

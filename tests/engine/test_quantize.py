@@ -58,6 +58,16 @@ def test_two_methods_for_one_projection(root, tmp_path, capsys):
     assert main(["quantize", *words, "--output-dir", str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.parametrize("techniques", ["[nf4]", "[{gptq: {nsamples: 2, max_length: 12}}]"])
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_models_that_are_no_decoders(root, tmp_path, capsys, family, techniques):
+    """Their weights are in their files still while the proof listens to the model of before."""
+    words = ["quantize", str(tiny.folder(root, family)), "--techniques", techniques, "--proof", "true"]
+    assert main([*words, "--output-dir", str(tmp_path / "small")]) == 0
+    assert "proof: KL" in capsys.readouterr().out
+    assert load(tmp_path / "small").chain
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("as_json", [False, True])
 def test_each_projections_error_is_told_and_kept(root, tmp_path, capsys, method, as_json):
