@@ -215,8 +215,14 @@ def proven(
     """
     if options.strict and not options.proof:
         raise UserError("strict: goes by the proof, which 'proof: false' leaves away; leave one of the two away")
+    for name in () if options.proof else ("prompt_file", "max_kl"):
+        if getattr(options, name) != getattr(ProofOptions(), name):
+            raise UserError(f"{name}: is the proof's, which 'proof: false' leaves away; leave one of the two away")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: is there already, and not empty; choose another name")
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"{output}: {above} is no folder that can be written; choose another place")
     texts = TEXTS if options.prompt_file is None else lines_of(options.prompt_file)
     device.return_large_blocks()
     model, report, warning = source(), None, ""

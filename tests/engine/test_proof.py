@@ -165,7 +165,7 @@ def test_no_proof_says_so_and_strict_refuses(root, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "words",
-    [["quantize", "--output-dir", "out"], ["merge", "--output-dir", "out"], ["export", "--output", "out"]],
+    [["quantize", "--output-dir", "out"], ["merge", "--output-dir", "out"], ["export", "--output", "out.gguf"]],
     ids=lambda words: words[0],
 )
 def test_strict_without_proof_is_a_contradiction(root, tmp_path, capsys, monkeypatch, words):
@@ -175,6 +175,32 @@ def test_strict_without_proof_is_a_contradiction(root, tmp_path, capsys, monkeyp
     said = capsys.readouterr().err
     assert said.startswith(f"burnish {verb}: strict: goes by the proof, which 'proof: false' leaves away")
     assert said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", [["--prompt-file", "mine.txt"], ["--max-kl", "0.2"]], ids=" ".join)
+def test_what_only_the_proof_reads_is_not_left_unread(root, tmp_path, capsys, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    words = ["quantize", str(tiny.folder(root, "llama")), "--output-dir", "out", "--proof", "false", *given]
+    assert main(words) == 2 and not list(tmp_path.iterdir())
+    assert f"{given[0][2:].replace('-', '_')}: is the proof's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["quantize", "export"])
+def test_a_place_below_a_file(root, tmp_path, capsys, verb):
+    """Nothing is loaded for a result that has no place."""
+    (tmp_path / "file").write_text("x")
+    out = tmp_path / "file" / "below" / "small.gguf"
+    place = "--output" if verb == "export" else "--output-dir"
+    assert main([verb, str(tiny.folder(root, "llama")), place, str(out)]) == 2
+    said = capsys.readouterr()
+    assert f"{tmp_path / 'file'} is no folder that can be written" in said.err and said.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_gguf_file_is_named_so(root, tmp_path, capsys):
+    assert main(["export", str(tiny.folder(root, "llama")), "--output", str(tmp_path / "small")]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'small'}: the name must end in .gguf" in said and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

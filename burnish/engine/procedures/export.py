@@ -30,6 +30,8 @@ def run(config: ExportConfig) -> int:
     """Write the file; prints its size, what differs from the model, and the proof."""
     if config.output is None:
         raise UserError("output: say which file is written, as in --output model-q8_0.gguf")
+    if config.output.suffix != ".gguf":
+        raise UserError(f"output: {config.output}: the name must end in .gguf, by which the file is known when it is read")
 
     def made(model: Model, place: Path) -> Made:
         notes, size = write(model, place, config.type), place.stat().st_size
