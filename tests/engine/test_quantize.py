@@ -58,6 +58,21 @@ def test_two_methods_for_one_projection(root, tmp_path, capsys):
     assert main(["quantize", *words, "--output-dir", str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "gptq", "--techniques", "[int8]"], "method: stands instead of techniques"),
+        (["--techniques", "[gptq, awq]"], "awq scales weights that gptq has rounded; put awq before it"),
+        (["--techniques", "[lora]"], "none of lora quantises"),
+        (["--techniques", "[lora, qat]"], "none of lora, qat quantises"),
+        (["--techniques", "[{gptq: {bits: 3}}]", "--target-size", "60%"], "chooses gptq's bits itself"),
+        (["--techniques", "[{int_groups: {bits_pattern: {q_proj: 3}}}]", "--target-size", "60%"], "leave bits and"),
+    ],
+)
+def test_contradictions_are_told_before_anything_is_loaded(tmp_path, capsys, words, message):
+    assert message in refused(capsys, ["nowhere", *words], tmp_path / "out")
+
+
 @pytest.mark.parametrize("techniques", ["[nf4]", "[{gptq: {nsamples: 2, max_length: 12}}]"])
 @pytest.mark.parametrize("family", ["t5", "bert"])
 def test_models_that_are_no_decoders(root, tmp_path, capsys, family, techniques):

@@ -37,8 +37,8 @@ class QuantizeConfig(ProofOptions):
 
     positional: ClassVar[str] = "model"
     model: str = field(default="pebble", metadata={"help": "checkpoint folder, hub id or 'pebble'"})
-    method: Literal["int8", "nf4", "fp4", "fp8", "int_groups", "gptq"] = field(
-        default="nf4", metadata={"help": "how the weights are stored"}
+    method: Literal["int8", "nf4", "fp4", "fp8", "int_groups", "gptq"] | None = field(
+        default=None, metadata={"help": "how the weights are stored; none: nf4"}
     )
     techniques: list[Any] = field(
         default_factory=list, metadata={"help": "instead of a method, as in '[awq, {gptq: {bits: 3}}]'"}
@@ -59,11 +59,16 @@ def run(config: QuantizeConfig) -> int:
     and after, and the proof. Raises UserError for a model that is quantised already."""
     if config.output_dir is None:
         raise UserError("output_dir: say where the result goes, as in --output-dir runs/small")
-    techniques = config.techniques or [config.method]
+    if config.techniques and config.method:
+        raise UserError("method: stands instead of techniques; leave one of the two away")
+    techniques = config.techniques or [config.method or "nf4"]
     links = dict(chain.parse_chain(techniques))
+    check_order(list(links))
     name = next((name for name in MIXED if name in links), "")
     if config.target_size and not name:
         raise UserError("target_size: bits are chosen for int_groups and gptq; say --method gptq")
+    if config.target_size and (links[name].bits_pattern or links[name].bits != type(links[name])().bits):
+        raise UserError(f"target_size: chooses {name}'s bits itself; leave bits and bits_pattern away")
     calibrates = config.target_size or any(getattr(chain.technique(name), "CALIBRATES", False) for name in links)
     if config.data and not calibrates:
         raise UserError(f"data: none of {', '.join(links)} calibrates; leave it away")
@@ -94,6 +99,17 @@ def run(config: QuantizeConfig) -> int:
         return made
 
     return proven(source, write, config.output_dir, config)
+
+
+def check_order(names: list[str]) -> None:
+    """Raise UserError where no technique quantises, or one that scales weights comes behind one that stores them."""
+    storing = [name for name in names if getattr(chain.technique(name), "STORES_ANEW", False)]
+    scaling = [name for name in names if getattr(chain.technique(name), "TAKES_UNREAD", False)]
+    if not storing + scaling:
+        raise UserError(f"techniques: none of {', '.join(names)} quantises; see burnish tune for what is trained")
+    for name in scaling:
+        if storing and names.index(name) > names.index(storing[0]):
+            raise UserError(f"techniques: {name} scales weights that {storing[0]} has rounded; put {name} before it")
 
 
 def check(model: Model, name: str, links: dict[str, Any]) -> None:
