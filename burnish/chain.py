@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -120,7 +121,8 @@ def apply(model: Model, techniques: Sequence[TechniqueSpec] | TechniqueSpec, con
         model.chain, model.whole = [], False
     if not model.chain:
         model.net.requires_grad_(False)
-    for name, config in parse_chain(techniques):
+    links = parse_chain(techniques)
+    for place, (name, config) in enumerate(links, 1):
         if model.net.fixed:
             raise UserError(f"technique '{name}': {model.net.fixed}")
         if any(link.name == name for link in model.chain):
@@ -128,7 +130,8 @@ def apply(model: Model, techniques: Sequence[TechniqueSpec] | TechniqueSpec, con
                 f"techniques: '{name}' is already applied to this model; fold it in first (burnish merge), or begin "
                 "from its base"
             )
-        resolved = technique(name).apply(model, config, context or Context())
+        following = [later for _, later in links[place:]]
+        resolved = technique(name).apply(model, config, replace(context or Context(), following=following))
         model.chain.append(Link(name, resolved))
     return model
 

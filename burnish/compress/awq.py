@@ -8,8 +8,10 @@ authors' code. It changes dense weights only: what stores them follows, as in `[
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,16 +35,17 @@ CALIBRATES = True
 class Config:
     """The rounding that follows, and how it is calibrated."""
 
-    bits: int = option(4, "of the rounding that follows")
-    group_size: int = option(128, "of the rounding that follows")
-    sym: bool = option(True, "of the rounding that follows")
+    bits: int | None = option(None, "of the rounding that follows; none: as it says in the chain, else 4")
+    group_size: int | None = option(None, "of the rounding that follows; none: as it says, else 128")
+    sym: bool | None = option(None, "of the rounding that follows; none: as it says, else true")
     nsamples: int = option(128, HELP["nsamples"])
     max_length: int = option(512, HELP["max_length"])
 
 
 def apply(model: Model, config: Config, context: Context) -> Config:
     """Scale what a norm or another projection gives to projections. Raises UserError where that cannot be."""
-    form = Form(config.bits, config.group_size, config.sym)
+    config = resolved(config, context.following)
+    form = Form(config.bits, config.group_size, config.sym)  # type: ignore[arg-type]
     form.check(NAME)
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -50,6 +53,13 @@ def apply(model: Model, config: Config, context: Context) -> Config:
 
     scaling.scale(model, config, context, NAME, folds, partial(best, form), product)
     return config
+
+
+def resolved(config: Config, following: Sequence[Any]) -> Config:
+    """The config with what it leaves open from the first technique behind it that rounds to whole numbers in groups."""
+    rounding = next((later for later in following if hasattr(later, "form")), Form())
+    open_ones = [name for name in ("bits", "group_size", "sym") if getattr(config, name) is None]
+    return replace(config, **{name: getattr(rounding, name) for name in open_ones})
 
 
 def folds(layer: nn.Module, call: calibration.Call) -> list[Fold]:

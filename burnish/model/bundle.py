@@ -42,13 +42,15 @@ class Link:
 @dataclass
 class Context:
     """What `apply` may use: batches for calibration, a seed, the examples to train on as the data gave them, and who is
-    told how far it is, in numbers; with `errors` what rounding cost each projection too, though it must be expanded."""
+    told how far it is, in numbers; with `errors` what rounding cost each projection too, though it must be expanded.
+    `following` are the configs of the techniques behind the one that is applied."""
 
     batches: Sequence[dict[str, Tensor]] = ()
     seed: int = 0
     examples: Sequence[Example] = ()
     report: Callable[[dict[str, Any]], None] = lambda record: None
     errors: bool = False
+    following: Sequence[Any] = ()
 
 
 @dataclass

@@ -62,6 +62,23 @@ def test_rounding_costs_less_behind_awq(root, family):
     assert error(root, family, [{"awq": form}, {"int_groups": form}]) < 0.9 * plain
 
 
+@pytest.mark.parametrize("name", ["gptq", "int_groups"])
+def test_awq_scales_for_the_rounding_behind_it(root, name):
+    """Unless told otherwise, in one call and to the same bits as where its options repeat the other's."""
+    form = {"bits": 2, "group_size": 16, "sym": False}
+
+    def scaled(options: dict) -> tuple[dict, torch.Tensor]:
+        model = chain.apply(load(tiny.folder(root, "llama")), [{"awq": options}, {name: form}], Context(DATA))
+        found = chain.describe(model)[0]["config"]
+        return {key: found[key] for key in form}, states(model)
+
+    (found, given), (_, wanted) = scaled({}), scaled(form)
+    assert found == form and torch.equal(given, wanted)
+    assert scaled({"bits": 4})[0] == form | {"bits": 4}
+    alone = chain.apply(load(tiny.folder(root, "llama")), ["awq"], Context(DATA))
+    assert alone.chain[0].config.bits == 4
+
+
 def test_awq_before_gptq_is_saved_as_one_chain(root, tmp_path):
     model = load(tiny.folder(root, "llama"))
     chain.apply(model, ["awq", {"gptq": {"bits": 4, "group_size": 16}}], Context(DATA))
