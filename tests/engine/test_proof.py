@@ -200,7 +200,7 @@ def test_a_place_below_a_file(root, tmp_path, capsys, verb):
 def test_a_gguf_file_is_named_so(root, tmp_path, capsys):
     assert main(["export", str(tiny.folder(root, "llama")), "--output", str(tmp_path / "small")]) == 2
     said = capsys.readouterr().err
-    assert f"{tmp_path / 'small'}: the name must end in .gguf" in said and not list(tmp_path.iterdir())
+    assert f"{tmp_path / 'small'}: its name must end in .gguf" in said and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def run(config: ExportConfig) -> int:
     if config.output is None:
         raise UserError("output: say which file is written, as in --output model-q8_0.gguf")
     if config.output.suffix != ".gguf":
-        raise UserError(f"output: {config.output}: the name must end in .gguf, by which the file is known when it is read")
+        raise UserError(f"output: {config.output}: its name must end in .gguf, by which a reader knows it")
 
     def made(model: Model, place: Path) -> Made:
         notes, size = write(model, place, config.type), place.stat().st_size
