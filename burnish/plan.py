@@ -20,15 +20,16 @@ from burnish.compress.grouped import BITS
 from burnish.config import Bytes, UserError
 from burnish.model.bundle import Model, build
 from burnish.model.families import read_spec
+from burnish.model.linear import Dense, Weight
 from burnish.store import gguf_model
-from burnish.store.checkpoint import contents
+from burnish.store.checkpoint import contents, skeleton
 from burnish.store.gguf import heading
-from burnish.store.gguf_model import TYPES, opened
+from burnish.store.gguf_model import TYPES
 from burnish.store.gguf_tokenizer import rebuilt
 from burnish.store.hub import resolve
 from burnish.store.identity import weight_files
-from burnish.store.sources import has_tokenizer, read_json
-from burnish.store.tensors import read_folder
+from burnish.store.matching import announce, match
+from burnish.store.sources import has_tokenizer, read_json, sources
 from burnish.store.tokenizer import load_tokenizer
 
 MIB = 1 << 20
@@ -83,23 +84,33 @@ class Plan:
 
 
 def shadow(source: str | Path) -> Model:
-    """A checkpoint's model without storage (torch's meta device), by its headers. A folder may have nothing but a
-    config.json, whose `dtype` then tells float32 from 16 bits."""
+    """A checkpoint's model with its chain, without storage (torch's meta device), by its headers. A folder may have
+    nothing but a config.json, whose `dtype` then tells float32 from 16 bits."""
     folder = resolve(source)
-    gguf = opened(folder) if folder.is_file() else None
-    hf_config = gguf.config if gguf else read_json(folder / "config.json")
-    bare = gguf is None and not weight_files(folder)
-    entries = gguf.tensors if gguf else {} if bare else read_folder(folder)
-    spec = read_spec(hf_config, stored=None if bare else entries)
-    itemsize = max((entry.dtype.itemsize for entry in entries.values()), default=2)
-    if bare and (hf_config.get("dtype") or hf_config.get("torch_dtype")) == "float32":
-        itemsize = 4
-    with torch.device("meta"):
-        net = build(spec, hf_config).to(torch.bfloat16 if itemsize == 2 else torch.float32)
-        if gguf is not None:
-            gguf.rebuild(net, None)
-    tokenizer = rebuilt(gguf.file) if gguf else None if bare and not has_tokenizer(folder) else load_tokenizer(folder)
-    return Model(net, tokenizer, hf_config)
+    known = [*weight_files(folder), *(folder / name for name in ("burnish.json", "adapter_config.json"))]
+    if not any(path.exists() for path in known):
+        config = read_json(folder / "config.json")
+        kind = torch.float32 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else torch.bfloat16
+        with torch.device("meta"):
+            net = build(read_spec(config), config).to(kind)
+        return Model(net, load_tokenizer(folder) if has_tokenizer(folder) else None, config)
+    found = sources(folder)
+    if found.chain or found.adapter is not None or found.quantization is not None:
+        model, stored, others = skeleton(found, None, (), None)
+        announce(model.net, match(model, stored, others, folder, None))
+        if found.adapter is not None:
+            chain.apply(model, chain.repeated(found.adapter.saved))
+    else:
+        itemsize = max((entry.dtype.itemsize for entry in found.entries.values()), default=2)
+        with torch.device("meta"):
+            spec = read_spec(found.hf_config, stored=found.gguf.tensors if found.gguf else found.entries)
+            net = build(spec, found.hf_config).to(torch.bfloat16 if itemsize == 2 else torch.float32)
+            if found.gguf is not None:
+                found.gguf.rebuild(net, None)
+        model = Model(net, None, found.hf_config)
+    here = found.folder if has_tokenizer(found.folder) else found.base
+    model.tokenizer = rebuilt(found.gguf.file) if found.gguf and here == found.base else load_tokenizer(here)
+    return model
 
 
 def plan(
@@ -157,6 +168,9 @@ def sizes(source: str | Path, rows: int = 1, tokens: int = 512) -> list[Size]:
     folder may have nothing but a config.json. Memory is of the weights, and of the cache of `rows` x `tokens`."""
     plain = plan(source, rows=rows, tokens=tokens)
     count, cache = plain.parameters, plain.cache
+    parts = shadow(source).net.modules()
+    if any(isinstance(part, Weight) and not isinstance(part, Dense) for part in parts):
+        raise UserError(f"{source}: is stored in fewer bits; give the model that it was made of for its formats")
     found: list[Size] = []
     for name, techniques in FORMATS.items():
         model = chain.apply(shadow(source), techniques)

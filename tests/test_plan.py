@@ -34,6 +34,31 @@ def test_parameters_weights_and_cache_are_those_of_the_loaded_model(root, family
     )
 
 
+SAVED = [
+    ["nf4"],
+    [{"int_groups": {"group_size": 32}}],
+    ["lora"],
+    ["nf4", "lora"],
+    ["prompt_tuning"],
+    [{"magnitude": {"sparsity": 0.5}}],
+]
+
+
+@pytest.mark.parametrize("techniques", SAVED, ids=str)
+def test_what_burnish_saved_is_planned_as_it_is(tmp_path, techniques, capsys):
+    """Quantised, pruned or an adapter: its weights as they will be in memory; its formats only where it is dense."""
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    base = tiny.folder(tmp_path, "llama", **shape)
+    save(chain.apply(load(base), techniques), tmp_path / "saved")
+    model = load(tmp_path / "saved")
+    found = plan(tmp_path / "saved")
+    assert found.weights == sum(p.numel() * p.element_size() for p in model.net.parameters())
+    assert found.trainable == sum(p.numel() for p in model.trainable().values())
+    if techniques == ["nf4"]:
+        assert main(["plan", str(tmp_path / "saved"), "--formats"]) == 2
+        assert "is stored in fewer bits; give the model that it was made of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_twin_of_any_family_has_its_shape(root, tmp_path, family):
     folder = tiny.folder(root, family)

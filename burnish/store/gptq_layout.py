@@ -27,6 +27,7 @@ from burnish.store.tensors import Entry, Held, Later
 
 WORD = 32  # codes in a whole number of words
 ROWS = 32  # of a projection that are repacked together
+SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # of groups, that gptqmodel 7.7.0 takes
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 Stored = Mapping[str, Entry | Held]
 
@@ -84,9 +85,10 @@ def fits(net: Network) -> dict[str, Grouped]:
     others = [part for part in net.modules() if isinstance(part, Weight) and part not in own]
     whole = len(grouped) == len(found) and all(isinstance(part, Dense) for part in others)
     alike = len({replace(weight.form, bits=0) for weight in grouped.values()}) == 1
+    sized = all(weight.form.group_size in SIZES for weight in grouped.values())
     divides = all(not rows % WORD and not columns % WORD for rows, columns in (w.shape for w in grouped.values()))
     known = all(f"{path}.weight" in net.layout.tensors for path in grouped)
-    return grouped if whole and alike and divides and known else {}
+    return grouped if whole and alike and sized and divides and known else {}
 
 
 def quantization_config(forms: Mapping[str, Form]) -> dict[str, Any]:

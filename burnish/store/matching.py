@@ -135,10 +135,22 @@ def place(net: Network, plan: Plan, device: torch.device, later: Set[str]) -> No
             empty = torch.empty(old.shape, dtype=plan[name][2], device="meta")
             net.get_submodule(name.removesuffix(DENSE)).weight = Unread(empty, partial(read, name))
             continue
-        tensor = read(name)
-        new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-        module, _, leaf = name.rpartition(".")
-        setattr(net.get_submodule(module), leaf, new)
+        put(net, name, old, read(name))
     net.tie()
     for part in net.modules():
         part._buffers.update({name: x.to(device) for name, x in part._buffers.items() if x is not None})
+
+
+def put(net: Network, name: str, old: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Let `tensor` stand for `old`, the parameter or buffer of that name."""
+    new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    module, _, leaf = name.rpartition(".")
+    setattr(net.get_submodule(module), leaf, new)
+
+
+def announce(net: Network, plan: Plan) -> None:
+    """Give every parameter the dtype that it will have, without storage."""
+    before = net.stored_tensors()
+    for name, (_, _, kind) in plan.items():
+        put(net, name, before[name], torch.empty(before[name].shape, dtype=kind, device="meta"))
+    net.tie()

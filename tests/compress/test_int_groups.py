@@ -151,6 +151,11 @@ def test_a_saved_folder_is_in_the_layout_of_gptq(wide, tmp_path, bits, sym):
     assert torch.equal(states(again), states(model)) and chain.describe(again) == chain.describe(model)
 
 
+def test_groups_that_the_layout_has_no_kernels_for_are_saved_in_burnishs_form(wide, tmp_path):
+    save(chain.apply(load(wide), {"int_groups": {"group_size": 48}}), tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
 @pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
 def test_a_folder_of_others_is_read(wide, tmp_path, form):
     """Random codes, zero points and groups in another order, and a bias of zeros where the model has none."""
