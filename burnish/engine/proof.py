@@ -218,6 +218,8 @@ def proven(
     for name in () if options.proof else ("prompt_file", "max_kl"):
         if getattr(options, name) != getattr(ProofOptions(), name):
             raise UserError(f"{name}: is the proof's, which 'proof: false' leaves away; leave one of the two away")
+    if options.max_kl < 0:
+        raise UserError(f"max_kl: a divergence is at least 0, this is {options.max_kl}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: is there already, and not empty; choose another name")
     above = next(folder for folder in output.absolute().parents if folder.exists())

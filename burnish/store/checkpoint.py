@@ -20,6 +20,7 @@ import torch
 from burnish import chain as chains
 from burnish.compress.gguf import GGUF
 from burnish.config import UserError
+from burnish.device import parse_dtype
 from burnish.model.bundle import Model, build
 from burnish.model.families import read_spec
 from burnish.model.linear import Dense, Linear, Weight
@@ -38,7 +39,7 @@ from burnish.store.tokenizer import load_tokenizer, save_tokenizer
 
 def load(
     source: str | Path,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     head: Head | None = None,
     techniques: Sequence[chains.TechniqueSpec] = (),
@@ -47,14 +48,15 @@ def load(
 ) -> Model:
     """The model in a folder: a Hugging Face checkpoint, what burnish saved, or a PEFT adapter.
 
-    dtype None keeps floating tensors as they are stored; a technique's own tensors keep their dtype. `head` overrides
-    the checkpoint's own; `techniques` are those that will be applied: where they exchange the head of an
-    encoder-decoder, its decoder is not read, and where they quantise, each weight is read when it is its turn. So
-    are with `unread` all dense weights of the layers' projections, for a placement. With `memory_limit` the model only
-    runs, within so many bytes of this process, or on a GPU of its memory: see `burnish.place.offload`. Raises UserError
-    for a folder that is no checkpoint, listing every missing, unexpected or misshapen tensor, and for too low a limit.
+    dtype ("bf16", say, or torch's own) is that of floating tensors, None as they are stored; a technique's own tensors
+    keep their dtype. `head` overrides the checkpoint's own; `techniques` are those that will be applied: where they
+    exchange the head of an encoder-decoder, its decoder is not read, and where they quantise, each weight is read when
+    it is its turn. So are with `unread` all dense weights of the layers' projections, for a placement. With
+    `memory_limit` the model only runs, within so many bytes of this process, or on a GPU of its memory: see
+    `burnish.place.offload`. Raises UserError for a folder that is no checkpoint, listing every missing, unexpected or
+    misshapen tensor, and for too low a limit.
     """
-    found = sources(source)
+    found, dtype = sources(source), parse_dtype(dtype)
     model, stored, others = skeleton(found, head, techniques, dtype)
     again = chains.repeated(found.adapter.saved) if found.adapter is not None else []
     if again and memory_limit is not None:

@@ -228,7 +228,7 @@ def test_from_the_terminal(root, tmp_path, capsys):
     )
     assert "fewer than one row" in capsys.readouterr().err and not (tmp_path / "no").exists()
     assert main(["quantize", str(tmp_path / "out"), "--method", "gptq", "--output-dir", str(tmp_path / "no")]) == 2
-    assert "q_proj is quantised already (Grouped)" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    assert "q_proj is quantised already (int_groups)" in capsys.readouterr().err and not (tmp_path / "no").exists()
     assert main(["quantize", given[1], "--data", str(text), "--output-dir", str(tmp_path / "no")]) == 2
     assert "data: none of nf4 calibrates" in capsys.readouterr().err
 

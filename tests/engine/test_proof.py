@@ -177,6 +177,11 @@ def test_strict_without_proof_is_a_contradiction(root, tmp_path, capsys, monkeyp
     assert said.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+def test_a_divergence_below_zero_is_no_threshold(root, tmp_path):
+    with pytest.raises(UserError, match="max_kl: a divergence is at least 0"):
+        proven(lambda: load(tiny.folder(root, "llama")), None, tmp_path / "out", ProofOptions(max_kl=-1))
+
+
 @pytest.mark.parametrize("given", [["--prompt-file", "mine.txt"], ["--max-kl", "0.2"]], ids=" ".join)
 def test_what_only_the_proof_reads_is_not_left_unread(root, tmp_path, capsys, monkeypatch, given):
     monkeypatch.chdir(tmp_path)

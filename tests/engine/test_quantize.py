@@ -48,7 +48,7 @@ def test_so_is_one_in_the_layout_of_gptq(tmp_path, capsys, told):
     assert (small / "model.safetensors").exists()
     if not told:
         (small / "burnish.json").unlink()
-    assert "(Grouped); start from" in refused(capsys, [str(small), "--method", "int8"], tmp_path / "out")
+    assert "(int_groups); start from" in refused(capsys, [str(small), "--method", "int8"], tmp_path / "out")
 
 
 def test_two_methods_for_one_projection(root, tmp_path, capsys):

@@ -42,6 +42,12 @@ def logits(model) -> torch.Tensor:
         return model.net.logits(forward(model, IDS))
 
 
+def test_a_dtype_by_its_name(llama):
+    assert load(llama, "bf16").net.dtype == load(llama, torch.bfloat16).net.dtype == torch.bfloat16
+    with pytest.raises(UserError, match="dtype: 'bf17' is not one of"):
+        load(llama, "bf17")
+
+
 def change_weights(folder: Path, change) -> None:
     path = folder / "model.safetensors"
     found = load_file(path)

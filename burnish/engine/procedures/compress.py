@@ -117,7 +117,7 @@ def check(model: Model, name: str, links: dict[str, Any]) -> None:
     for path, part in model.net.named_modules():
         if isinstance(part, Weight) and not isinstance(part, Dense):
             where = re.sub(r"(\.base)*\.(weight|storage)$", "", path)
-            kind = stored_as(part) or type(part).__name__
+            kind = stored_as(part) or ("int_groups" if isinstance(part, Grouped) else type(part).__name__)
             raise UserError(f"{name}: {where} is quantised already ({kind}); start from the 16-bit model")
     takers(model, links)
 
