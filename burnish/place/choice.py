@@ -35,7 +35,9 @@ def ranks_of(place: Place | None, device: str = "auto", max_memory: Mapping[str,
             "place: tensor_parallel needs several processes; start them with "
             "torchrun --nproc-per-node 2 -m burnish generate MODEL --place tensor_parallel"
         )
-    if place is not None and started:
+    if place is None and started:
+        raise UserError("place: several processes were started, and each would run it all; say how to spread the model")
+    if started:
         with joined(device) as ranks:
             yield ranks
         return

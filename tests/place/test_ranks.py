@@ -139,6 +139,13 @@ def test_mistakes(root, capsys, words, message):
     assert message in error[-1]
 
 
+def test_ranks_that_nothing_is_spread_over(root, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["generate", str(tiny.folder(root, "llama")), "--prompt", "x"]) == 2
+    assert "place: several processes were started" in capsys.readouterr().err
+
+
 def test_a_network_of_transformers_is_refused(tmp_path, capsys):
     import tiny_foreign
 
