@@ -95,7 +95,7 @@ def shadow(source: str | Path) -> Model:
             net = build(read_spec(config), config).to(kind)
         return Model(net, load_tokenizer(folder) if has_tokenizer(folder) else None, config)
     found = sources(folder)
-    if found.chain or found.adapter is not None or found.quantization is not None:
+    if found.chain or found.adapter is not None or found.quantization is not None or found.gguf is not None:
         model, stored, others = skeleton(found, None, (), None)
         announce(model.net, match(model, stored, others, folder, None))
         if found.adapter is not None:
@@ -103,11 +103,8 @@ def shadow(source: str | Path) -> Model:
     else:
         itemsize = max((entry.dtype.itemsize for entry in found.entries.values()), default=2)
         with torch.device("meta"):
-            spec = read_spec(found.hf_config, stored=found.gguf.tensors if found.gguf else found.entries)
-            net = build(spec, found.hf_config).to(torch.bfloat16 if itemsize == 2 else torch.float32)
-            if found.gguf is not None:
-                found.gguf.rebuild(net, None)
-        model = Model(net, None, found.hf_config)
+            net = build(read_spec(found.hf_config, stored=found.entries), found.hf_config)
+        model = Model(net.to(torch.bfloat16 if itemsize == 2 else torch.float32), None, found.hf_config)
     here = found.folder if has_tokenizer(found.folder) else found.base
     model.tokenizer = rebuilt(found.gguf.file) if found.gguf and here == found.base else load_tokenizer(here)
     return model

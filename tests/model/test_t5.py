@@ -159,7 +159,7 @@ def test_a_batch_gives_each_row_what_it_gets_alone(tmp_path, sampled):
 def test_the_source_is_read_once(root, monkeypatch):
     model, read = burnish.load(tiny.folder(root, "t5")), []
     plain = CrossAttention.read
-    monkeypatch.setattr(CrossAttention, "read", lambda self, source: read.append(self.layer) or plain(self, source))
+    monkeypatch.setattr(CrossAttention, "read", lambda self, *given: read.append(self.layer) or plain(self, *given))
     generate(model, ["the cat"], GenerationConfig(max_new_tokens=6, min_new_tokens=6))
     assert read == [0, 1]
 
