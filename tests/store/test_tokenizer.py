@@ -132,7 +132,7 @@ def test_loading_without_tokenizer_json_falls_back(tmp_path: Path) -> None:
 def test_loading_errors_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="cannot be read") as empty:
+    with pytest.raises(UserError, match="holds no tokenizer") as empty:
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{]")
     with pytest.raises(UserError, match="cannot be read") as broken:
