@@ -30,6 +30,8 @@ def resolve(source: str | Path) -> Path:
         return ASSETS / str(source)
     if path.is_file():
         raise UserError(f"{path}: a file, where a checkpoint folder is needed, or a file named .gguf")
+    if path.suffix == ".gguf":
+        raise UserError(f"{path}: no such file")
     if isinstance(source, Path) or not HUB_ID.fullmatch(source) or source.startswith("."):
         raise UserError(f"{source}: no such folder, and not a hub id of the form owner/name")
     return _download(*source.partition("@")[::2])

@@ -225,6 +225,7 @@ def test_folders_that_are_no_checkpoints(llama, tmp_path):
         (tmp_path / "nowhere", "no such folder"),
         (llama / "config.json", "a file, where a checkpoint folder is needed"),
         ("a/b/c", "no such folder, and not a hub id"),
+        ("runs/missing.gguf", "no such file"),
     ):
         with pytest.raises(UserError, match=reason):
             load(source)
