@@ -9,6 +9,7 @@ import pytest
 import tiny
 import yaml
 
+from burnish.bench import strategies
 from burnish.cli import main
 from burnish.config import coerce, load_yaml
 from burnish.store.checkpoint import load
@@ -72,8 +73,9 @@ def test_compare(request, root, tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", BY_VERB["bench"])
-def test_bench(tmp_path, name):
-    """Every strategy of the recipe, on a small model of its family."""
+def test_bench(tmp_path, monkeypatch, name):
+    """Every strategy of the recipe once, on a small model of its family."""
+    monkeypatch.setattr(strategies, "ROUNDS", 1)
     recipe = load_yaml(f"recipes/{name}")
     folder = tiny.write(tmp_path / "model", tiny.reference("bloom", hidden_size=128, n_head=4))
     recipe |= {"model": str(folder), "runs": 1, "warmups": 0, "max_new_tokens": 2, "prompt_tokens": 4}
