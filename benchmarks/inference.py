@@ -264,7 +264,7 @@ def child(folder: Path, name: str, count: int) -> None:
 
 
 def main() -> None:
-    from qlora_memory import SHAPE
+    import qlora_memory
     from training import write_base
 
     from burnish import device
@@ -294,7 +294,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     measured = []
     with tempfile.TemporaryDirectory() as scratch:
-        write_base(Path(scratch) / "base", SHAPE)
+        write_base(Path(scratch) / "base", qlora_memory.SHAPE)
         for kind in {kind for engine, kind in map(RUNS.get, names) if engine in ("llama", "file")}:
             called([given.llama_python, __file__, "--gguf", scratch, kind])
         for number in range(given.rounds):
