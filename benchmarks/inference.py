@@ -31,6 +31,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import qlora_memory
+from training import write_base
+
 SHAPE = {"vocab": 32000, "hidden": 2048, "inner": 5632, "layers": 16, "heads": 32, "kv_heads": 8}
 PROMPT, PREFILL = 32, 256
 RUNS = {
@@ -264,9 +267,6 @@ def child(folder: Path, name: str, count: int) -> None:
 
 
 def main() -> None:
-    import qlora_memory
-    from training import write_base
-
     from burnish import device
 
     parser = argparse.ArgumentParser()

@@ -22,10 +22,9 @@ from burnish.model.bundle import Model, build
 from burnish.model.families import read_spec
 from burnish.model.linear import Dense, Weight
 from burnish.store import gguf_model
-from burnish.store.checkpoint import contents, skeleton
+from burnish.store.checkpoint import contents, skeleton, tokenizer_of
 from burnish.store.gguf import heading
 from burnish.store.gguf_model import TYPES
-from burnish.store.gguf_tokenizer import rebuilt
 from burnish.store.hub import resolve
 from burnish.store.identity import weight_files
 from burnish.store.matching import announce, match
@@ -105,8 +104,7 @@ def shadow(source: str | Path) -> Model:
         with torch.device("meta"):
             net = build(read_spec(found.hf_config, stored=found.entries), found.hf_config)
         model = Model(net.to(torch.bfloat16 if itemsize == 2 else torch.float32), None, found.hf_config)
-    here = found.folder if has_tokenizer(found.folder) else found.base
-    model.tokenizer = rebuilt(found.gguf.file) if found.gguf and here == found.base else load_tokenizer(here)
+    model.tokenizer = tokenizer_of(found)
     return model
 
 
@@ -165,8 +163,8 @@ def sizes(source: str | Path, rows: int = 1, tokens: int = 512) -> list[Size]:
     folder may have nothing but a config.json. Memory is of the weights, and of the cache of `rows` x `tokens`."""
     plain = plan(source, rows=rows, tokens=tokens)
     count, cache = plain.parameters, plain.cache
-    parts = shadow(source).net.modules()
-    if any(isinstance(part, Weight) and not isinstance(part, Dense) for part in parts):
+    unquantised = shadow(source)
+    if any(isinstance(part, Weight) and not isinstance(part, Dense) for part in unquantised.net.modules()):
         raise UserError(f"{source}: is stored in fewer bits; give the model that it was made of for its formats")
     found: list[Size] = []
     for name, techniques in FORMATS.items():
@@ -174,10 +172,9 @@ def sizes(source: str | Path, rows: int = 1, tokens: int = 512) -> list[Size]:
         name = name or str(model.net.dtype).removeprefix("torch.")
         nbytes, weights = contents(model).nbytes, sum(p.numel() * p.element_size() for p in model.net.parameters())
         found.append(Size(name, nbytes, weights + cache, 8 * nbytes / count))
-    model = shadow(source)
     with suppress(UserError):  # what GGUF cannot hold
         for kind in TYPES:
-            metadata, pieces, _ = gguf_model.contents(model, kind)
+            metadata, pieces, _ = gguf_model.contents(unquantised, kind)
             nbytes, weights = heading(metadata, pieces)[1], sum(piece.nbytes for piece in pieces.values())
             found.append(Size(f"GGUF {kind}", nbytes, weights + cache, 8 * nbytes / count))
     return found

@@ -44,22 +44,25 @@ class Config:
 
 def apply(model: Model, config: Config, context: Context) -> Config:
     """Scale what a norm or another projection gives to projections. Raises UserError where that cannot be."""
-    config = resolved(config, context.following)
-    form = Form(config.bits, config.group_size, config.sym)  # type: ignore[arg-type]
+    form = form_of(config, context.following)
     form.check(NAME)
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
         return x @ form.rounded(weight).t()
 
     scaling.scale(model, config, context, NAME, folds, partial(best, form), product)
-    return config
+    return replace(config, bits=form.bits, group_size=form.group_size, sym=form.sym)
 
 
-def resolved(config: Config, following: Sequence[Any]) -> Config:
-    """The config with what it leaves open from the first technique behind it that rounds to whole numbers in groups."""
+def form_of(config: Config, following: Sequence[Any]) -> Form:
+    """The rounding that is scaled for: what the config leaves open is the first technique's behind it that rounds to
+    whole numbers in groups."""
     rounding = next((later for later in following if hasattr(later, "form")), Form())
-    open_ones = [name for name in ("bits", "group_size", "sym") if getattr(config, name) is None]
-    return replace(config, **{name: getattr(rounding, name) for name in open_ones})
+
+    def chosen(name: str) -> Any:
+        return getattr(rounding if getattr(config, name) is None else config, name)
+
+    return Form(chosen("bits"), chosen("group_size"), chosen("sym"))
 
 
 def folds(layer: nn.Module, call: calibration.Call) -> list[Fold]:

@@ -140,10 +140,9 @@ def skeleton(
 
 def complete(model: Model, found: Sources) -> None:
     """Give the model what belongs to it beside its weights: tokenizer, generation config, and what it is made of."""
-    folder, base, gguf = found.folder, found.base, found.gguf
-    here = folder if has_tokenizer(folder) else base
-    model.tokenizer = gguf_tokenizer.rebuilt(gguf.file) if gguf and here == base else load_tokenizer(here)
-    check_vocabulary(model, folder)
+    base, gguf = found.base, found.gguf
+    model.tokenizer = tokenizer_of(found)
+    check_vocabulary(model, found.folder)
     if gguf is not None:
         model.generation_config = gguf.generation_config
     elif (base / "generation_config.json").exists():
@@ -151,6 +150,13 @@ def complete(model: Model, found: Sources) -> None:
     own = found.alone and (not found.chain or model.whole)  # such weights are a base of their own
     model.plain = gguf is None and found.quantization is None and (own or not found.alone)
     model.identity = identity(base) if own else found.saved.get("identity") or identity(base)
+
+
+def tokenizer_of(found: Sources) -> Any:
+    """The folder's own tokenizer, else its base's. Raises UserError where it cannot be read."""
+    if has_tokenizer(found.folder):
+        return load_tokenizer(found.folder)
+    return gguf_tokenizer.rebuilt(found.gguf.file) if found.gguf else load_tokenizer(found.base)
 
 
 def check_vocabulary(model: Model, folder: Path) -> None:

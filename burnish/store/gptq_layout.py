@@ -61,9 +61,15 @@ def from_words(words: Tensor, bits: int) -> Tensor:
     return codes.view(-1, words.shape[1])
 
 
-def neighbours(packed: Tensor, bits: int) -> Tensor:
-    """Bytes of `to_words`, a row's one after the other, as those of `pack`, and these as those: in a byte the first of
-    two codes stands below the second there, and above it here."""
+def by_bytes(form: Form) -> bool:
+    """Whether burnish's bytes (`pack`) are the words' own but for the places in each: three bits are stored in planes,
+    and ordered groups move inputs."""
+    return form.bits != 3 and not form.ordered
+
+
+def swapped(packed: Tensor, bits: int) -> Tensor:
+    """(rows, bytes) uint8 with neighbouring codes of 2 or 4 bits exchanged; its own inverse. Of two codes in a byte the
+    first is the lower one in the words of this layout, and the upper one in burnish's bytes."""
     if bits == 4:
         return (packed >> 4) | (packed << 4)
     return ((packed >> 2) & 0x33) | ((packed & 0x33) << 2) if bits == 2 else packed
@@ -129,8 +135,8 @@ def qweight(weight: Grouped) -> Tensor:
     (rows, columns), bits = weight.shape, weight.form.bits
     words = torch.empty(columns // WORD * bits, rows, dtype=torch.int32)
     for packed, out in zip(weight.packed.split(ROWS), words.split(ROWS, 1), strict=True):
-        if bits != 3 and not weight.form.ordered:
-            out.copy_(neighbours(packed.cpu(), bits).view(torch.int32).t())
+        if by_bytes(weight.form):
+            out.copy_(swapped(packed.cpu(), bits).view(torch.int32).t())
             continue
         codes = unpack(packed, bits, columns).cpu()
         if weight.form.ordered:
@@ -271,8 +277,8 @@ class Part:
         if self.name == "packed":
             packed = torch.empty(self.shape, dtype=torch.uint8)
             for words, out in zip(own["qweight"].read().split(ROWS, 1), packed.split(ROWS), strict=True):
-                if form.bits != 3 and not form.ordered:
-                    out.copy_(neighbours(words.t().contiguous().view(torch.uint8), form.bits))
+                if by_bytes(form):
+                    out.copy_(swapped(words.t().contiguous().view(torch.uint8), form.bits))
                     continue
                 codes = from_words(words, form.bits).t()
                 out.copy_(pack(codes[:, order] if form.ordered else codes, form.bits))
